@@ -1,0 +1,24 @@
+"""Feed-forward blocks: W₂ F(W₁ x) becomes Wᵀ F(W x)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pe_fx.flow import Flow
+from pe_fx.passes.pairs import match_pairs
+from pe_fx.ties import Miss, Site
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """`fc2.weight ← fc1.weightᵀ`, where all of fc1's output goes through a nonlinearity to fc2 and nowhere else.
+
+    Linear layers and 1x1 convolutions; between them dropout, norms, depthwise convolutions, gates, and reshapes of other
+    axes. Source: arXiv 2401.16438, feed-forward layers.
+    """
+
+    kind: str = "mlp"
+
+    def match(self, flow: Flow) -> Iterator[Site | Miss]:
+        yield from match_pairs(flow, self.kind, lambda pair: not pair.is_bottleneck)

@@ -1,0 +1,265 @@
+"""plan, transform and apply."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pe_fx.capture import Captured, ExampleInputs, capture
+from pe_fx.entry import widen_params
+from pe_fx.errors import NoSitesWarning, PeFxError
+from pe_fx.flow import Flow
+from pe_fx.passes import DEFAULT_RULES, Rule, find
+from pe_fx.passes.stage import ENTRIES, share_stages
+from pe_fx.rewrite import INITS, rewrite_modules
+from pe_fx.tied import Tied
+from pe_fx.ties import Miss, Plan, Site, Tie
+
+KINDS = tuple(rule.kind for rule in DEFAULT_RULES)
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    rules: Sequence[str | Rule] = DEFAULT_RULES,
+    share: Sequence[str] = ("bottleneck",),
+    entry: str = "keep",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Plan:
+    """What `transform` would do to the model; nothing is changed.
+
+    >>> import pe_fx
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> [str(tie) for tie in pe_fx.plan(model).ties]
+    ['2.weight ← 0.weightᵀ']
+
+    Takes the options of `transform`. Raises `PeFxError` for wrong options and `CaptureError` where the model's graph cannot
+    be captured.
+    """
+    chosen = _checked_rules(rules)
+    options = _checked_options(share=share, entry=entry, include=include, exclude=exclude)
+    captured = _canonical(capture(model, example_inputs), model)
+    flow = Flow(captured)
+    custom = [rule for rule in chosen if rule not in DEFAULT_RULES]
+    sites, misses = find(flow, (*custom, *DEFAULT_RULES))
+    kinds = {rule.kind for rule in chosen}
+
+    def wanted(found: Site | Miss) -> bool:
+        return found.kind in kinds and _selected(found, include, exclude)
+
+    sites, misses = share_stages(flow, filter(wanted, sites), filter(wanted, misses), share, entry, wanted)
+    sites, refused = _tieable(sites, model)
+    shapes = captured.shapes()
+    numel = {name: math.prod(shape) for name, shape in shapes.items()} | {name: p.numel() for name, p in model.named_parameters()}
+    sites = [replace(site, saved=_saved(site, shapes, numel)) for site in sites]
+    before = sum(numel.values())
+    return Plan(
+        sites=tuple(sites),
+        misses=tuple(dict.fromkeys((*misses, *refused))),
+        shapes={name: shapes[name] for site in sites for name in (*site.weights, *(tie.source for tie in site.ties))},
+        params_before=before,
+        params_after=before - sum(site.saved for site in sites),
+        options={"rules": tuple(rule.kind for rule in chosen)} | options,
+    )
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    rules: Sequence[str | Rule] = DEFAULT_RULES,
+    share: Sequence[str] = ("bottleneck",),
+    entry: str = "keep",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    init: str = "keep",
+    inplace: bool = False,
+) -> nn.Module:
+    """The same model with one matrix where it held two.
+
+    >>> import pe_fx
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> tied = pe_fx.transform(model)
+    >>> sorted(tied.state_dict())
+    ['0.bias', '0.weight', '2.bias']
+    >>> tied[2]
+    TiedLinear(in_features=8, out_features=4, bias=True, weight ← 0.weightᵀ)
+
+    Args:
+        model: any module that torch.export can capture, or an fx.GraphModule. It is left as it is unless `inplace`.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Where left out, derived from timm's
+            `pretrained_cfg`, transformers' `dummy_inputs` or the first layer's shape. Only shapes and dtypes matter.
+        rules: kinds ("mlp", "glu", "attention", "bottleneck", "squeeze_excite") or rule objects; see `pe_fx.passes`.
+        share: the kinds whose consecutive sites of one shape share one matrix; () for none.
+        entry: how the first block of a stage, whose input is narrower, takes part in it. "keep": its first convolution and
+            its shortcut stay. "slice": the convolution uses the first columns of W, the shortcut pads with zeros. "expand":
+            a depthwise convolution widens the input, so that W fits.
+        include, exclude: globs on module names, such as "layer3.*".
+        init: "keep" the source's values, their "mean" with the tied weights', or "reset" by the owner's reset_parameters().
+        inplace: change `model` itself.
+
+    Returns:
+        A model of the same class. A tied weight's name leaves the state_dict; every other name stays.
+
+    Raises:
+        PeFxError: wrong options. CaptureError: no graph. In both cases the model is left as it was.
+
+    Warns:
+        NoSitesWarning: nothing could be tied.
+
+    Source: O. C. Koyun, B. U. Töreyin, arXiv 2401.16438.
+    """
+    _one_of("init", init, INITS)
+    made = plan(model, example_inputs, rules=rules, share=share, entry=entry, include=include, exclude=exclude)
+    if not made.sites and not any(isinstance(module, Tied) for module in model.modules()):
+        detail = f" ({len(made.misses)} near misses: {made.misses[0].reason}, …)" if made.misses else ""
+        warnings.warn(f"nothing in this {type(model).__name__} can be tied{detail}; print(pe_fx.plan(model).explain()) says why", NoSitesWarning, stacklevel=2)
+    return apply(model, made, init=init, inplace=inplace)
+
+
+def apply(model: nn.Module, plan: Plan, *, init: str = "keep", inplace: bool = False) -> nn.Module:
+    """Ties a model by a plan made earlier, say to load a tied checkpoint.
+
+    >>> import pe_fx
+    >>> build = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> trained = pe_fx.transform(build())
+    >>> text = pe_fx.plan(build()).to_json()
+    >>> fresh = pe_fx.apply(build(), pe_fx.Plan.from_json(text))
+    >>> fresh.load_state_dict(trained.state_dict())
+    <All keys matched successfully>
+
+    Raises `PeFxError`, before anything is changed, where the plan's weights are not in the model or have other shapes.
+    """
+    _one_of("init", init, INITS)
+    result = model if inplace else copy.deepcopy(model)
+    rewrite_modules(result, plan, init)
+    return result
+
+
+def _checked_rules(rules: Sequence[str | Rule]) -> tuple[Rule, ...]:
+    by_kind = {rule.kind: rule for rule in DEFAULT_RULES}
+    chosen = []
+    for rule in (rules,) if isinstance(rules, str) else rules:
+        if isinstance(rule, str):
+            _one_of("rules", rule, KINDS)
+            rule = by_kind[rule]
+        elif not hasattr(rule, "match") or not hasattr(rule, "kind"):
+            raise PeFxError(f"rules: {rule!r} is neither one of {', '.join(KINDS)} nor an object with `kind` and `match(flow)`")
+        chosen.append(rule)
+    return tuple(chosen)
+
+
+def _checked_options(*, share: Sequence[str], entry: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> dict[str, Any]:
+    _one_of("entry", entry, ENTRIES)
+    if isinstance(share, str):
+        raise PeFxError(f"share={share!r} must be a tuple of kinds: share=({share!r},)")
+    for kind in share:
+        _one_of("share", kind, KINDS)
+    for option, globs in (("include", include), ("exclude", exclude)):
+        if isinstance(globs, str):
+            raise PeFxError(f"{option}={globs!r} must be a list of globs: {option}=[{globs!r}]")
+    return {
+        "share": tuple(share),
+        "entry": entry,
+        "include": None if include is None else tuple(include),
+        "exclude": None if exclude is None else tuple(exclude),
+    }
+
+
+def _one_of(option: str, value: str, valid: Iterable[str]) -> None:
+    if value not in tuple(valid):
+        raise PeFxError(f"{option}={value!r} is unknown; choose from {', '.join(map(repr, valid))}")
+
+
+def _canonical(captured: Captured, model: nn.Module) -> Captured:
+    """Names each weight by its first name: a module registered twice has one name in the plan."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return Captured(captured.graph, {node: every.get(name, name) for node, name in captured.weights.items()}, captured.inputs)
+
+
+def _selected(found: Site | Miss, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
+    names = [found.name, *found.weights]
+    names += [".".join(name.split(".")[:depth]) for name in tuple(names) for depth in range(1, name.count(".") + 1)]
+
+    def matches(globs: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in names)
+
+    return (include is None or matches(include)) and not (exclude is not None and matches(exclude))
+
+
+@dataclass(frozen=True)
+class _Owner:
+    module: nn.Module
+    parameter: nn.Parameter
+    places: int
+
+
+def _tieable(sites: list[Site], model: nn.Module) -> tuple[list[Site], list[Miss]]:
+    """Refuses ties that the weights themselves forbid."""
+    owners: dict[str, _Owner] = {}
+    places: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                places[id(parameter)] = places.get(id(parameter), 0) + 1
+    for path, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(f"{path}.{attribute}" if path else attribute, _Owner(module, parameter, places[id(parameter)]))
+    kept: list[Site] = []
+    misses: list[Miss] = []
+    for site in sites:
+        reasons = {tie: reason for tie in site.ties if (reason := _forbidden(tie, owners)) is not None}
+        misses += [Miss(site.kind, site.name, tuple(dict.fromkeys((tie.source, tie.target))), reason) for tie, reason in reasons.items()]
+        ties = tuple(tie for tie in site.ties if tie not in reasons)
+        if ties:
+            kept.append(replace(site, ties=ties))
+    return kept, misses
+
+
+def _forbidden(tie: Tie, owners: dict[str, _Owner]) -> str | None:
+    target, source = owners.get(tie.target), owners.get(tie.source)
+    if target is None or source is None:
+        return None
+    for name, owner in ((tie.target, target), (tie.source, source)):
+        if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
+            return f"{name} is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
+    if target.places > 1:
+        return f"{tie.target} is one parameter registered in {target.places} places: tied here, it would be untied there"
+    a, b = target.parameter, source.parameter
+    if a.requires_grad != b.requires_grad:
+        frozen, trained = (tie.target, tie.source) if b.requires_grad else (tie.source, tie.target)
+        return f"{frozen} is frozen, {trained} is trained: set requires_grad alike"
+    if a.dtype != b.dtype:
+        return f"{tie.target} is {_dtype(a.dtype)}, {tie.source} is {_dtype(b.dtype)}"
+    if a.device != b.device:
+        return f"{tie.target} is on {a.device}, {tie.source} on {b.device}"
+    return None
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _saved(site: Site, shapes: dict[str, tuple[int, ...]], numel: dict[str, int]) -> int:
+    """Parameters that the site's ties and its entry treatment remove."""
+    saved = 0
+    for tie in site.ties:
+        changes_shape = tie.into.full_shape != shapes[tie.target]
+        saved += numel[tie.target] if changes_shape else tie.into.numel
+    if site.entry is not None:
+        saved += sum(size for name, size in numel.items() if name.rpartition(".")[0] in site.entry.removed)
+        if site.entry.treatment == "expand":
+            saved -= widen_params(site.entry.width, site.entry.out, site.entry.stride)
+    return saved

@@ -1,0 +1,277 @@
+"""Model to graph: one flat torch.fx graph, its weights as labelled placeholders, without touching the model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import operator
+import random
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from pe_fx.errors import CaptureError
+
+log = logging.getLogger(__name__)
+
+ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A flat graph; for each node that reads a parameter the parameter's name; and the nodes that are the caller's inputs."""
+
+    graph: fx.Graph
+    weights: dict[fx.Node, str]
+    inputs: set[fx.Node]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter that the graph reads."""
+        return {name: tuple(value_of(node).shape) for node, name in self.weights.items()}
+
+
+def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Captured:
+    """The model's graph.
+
+    >>> captured = capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
+    >>> sorted(captured.weights.values())
+    ['0.bias', '0.weight']
+
+    `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments; derived where left out. A GraphModule
+    whose nodes carry their values (from torch.export or Dynamo) is read as it is; anything else goes through
+    `torch.export.export(strict=False)`, in train mode first. Nothing is computed, no weight is copied.
+
+    Raises `CaptureError` where neither mode exports.
+    """
+    if isinstance(model, fx.GraphModule) and _has_values(model.graph):
+        return _read(model)
+    args, kwargs = as_arguments(derive_inputs(model) if example_inputs is None else example_inputs)
+    _refuse(model)
+    errors = []
+    for training in (True, False):
+        try:
+            with _quiet(), _rng_untouched():
+                program = torch.export.export(_Flattened(_sharing_copy(model).train(training)), args, kwargs, strict=False)
+        except Exception as error:  # whatever a user's forward raises
+            errors.append(error)
+            log.debug("export with training=%s failed", training, exc_info=True)
+        else:
+            return _labelled(program)
+    shapes = pytree.tree_map(lambda value: tuple(value.shape) if isinstance(value, Tensor) else value, (args, kwargs))
+    hint = "pass example_inputs" if example_inputs is None else "check that model(*example_inputs) runs"
+    origin = "derived inputs" if example_inputs is None else "the inputs given"
+    raise CaptureError(
+        f"{type(model).__name__} could not be captured with {origin} {shapes}: {_first_line(errors[0])}\n"
+        f"(in eval mode: {_first_line(errors[1])}); {hint}: a tensor, a tuple of positional or a dict of keyword arguments"
+    ) from errors[0]
+
+
+def _labelled(program: torch.export.ExportedProgram) -> Captured:
+    signature = program.graph_signature
+    names = {key: name.removeprefix("model.") for key, name in signature.inputs_to_parameters.items()}
+    graph = inline_regions(program.graph_module)
+    placeholders = graph.find_nodes(op="placeholder")
+    weights = {node: names[node.name] for node in placeholders if node.name in names}
+    return Captured(graph, weights, {node for node in placeholders if node.name in signature.user_inputs})
+
+
+def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """
+    >>> as_arguments({"x": 1})
+    ((), {'x': 1})
+    """
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def derive_inputs(model: nn.Module) -> ExampleInputs:
+    """Inputs that should fit: timm's `pretrained_cfg`, transformers' `dummy_inputs`, else the first layer's shape.
+
+    >>> derive_inputs(nn.Linear(3, 5)).shape
+    torch.Size([2, 3])
+    """
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    options = {"dtype": like.dtype, "device": like.device}
+    configuration = getattr(model, "pretrained_cfg", None)
+    if isinstance(configuration, Mapping) and "input_size" in configuration:
+        return torch.zeros(2, *configuration["input_size"], **options)
+    with contextlib.suppress(Exception):  # a property of a user's model may raise anything
+        dummy = model.dummy_inputs
+        if isinstance(dummy, Mapping):
+            return {key: value.to(like.device) if isinstance(value, Tensor) else value for key, value in dummy.items()}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            return torch.zeros(2, module.in_features, **options)
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return torch.zeros(2, module.in_channels, *[64] * len(module.kernel_size), **options)
+        if isinstance(module, nn.Embedding):
+            return torch.zeros(2, 16, dtype=torch.long, device=like.device)
+    raise CaptureError(f"no example inputs can be derived for {type(model).__name__}: pass example_inputs")
+
+
+def inline_regions(gm: fx.GraphModule) -> fx.Graph:
+    """A copy of the graph with autocast, no_grad and checkpoint regions (operators that call one subgraph) inlined."""
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    result = _copy_into(graph, gm, values)
+    graph.output(result)
+    return graph
+
+
+def _copy_into(graph: fx.Graph, gm: fx.GraphModule, values: dict[fx.Node, Any]) -> Any:
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            return fx.node.map_arg(node.args[0], values.__getitem__)
+        if node in values:
+            continue
+        region = _region(gm, node)
+        if region is not None:
+            body, operands = region
+            inner = dict(zip(body.graph.find_nodes(op="placeholder"), [fx.node.map_arg(o, values.__getitem__) for o in operands], strict=True))
+            values[node] = _copy_into(graph, body, inner)
+        elif node.target is operator.getitem and not isinstance(values[node.args[0]], fx.Node):
+            values[node] = values[node.args[0]][node.args[1]]
+        else:
+            values[node] = graph.node_copy(node, values.__getitem__)
+    raise CaptureError("a graph without an output node")
+
+
+def _region(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, list[Any]] | None:
+    """The body and its operands, where `node` calls exactly one subgraph exactly once."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return None
+    bodies = [
+        (i, getattr(gm, str(a.target)))
+        for i, a in enumerate(node.args)
+        if isinstance(a, fx.Node) and a.op == "get_attr" and isinstance(getattr(gm, str(a.target), None), fx.GraphModule)
+    ]
+    if len(bodies) != 1:
+        return None
+    position, body = bodies[0]
+    operands = list(node.args[position + 1 :])
+    return (body, operands) if len(operands) == len(body.graph.find_nodes(op="placeholder")) else None
+
+
+def _read(gm: fx.GraphModule) -> Captured:
+    graph = inline_regions(gm)
+    weights: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and isinstance(value := _attribute(gm, str(node.target)), nn.Parameter):
+            weights[node] = str(node.target)
+            node.meta.setdefault("val", value)
+        elif node.op == "placeholder" and isinstance(value_of(node), nn.Parameter):
+            weights[node] = node.name
+    return Captured(graph, weights, set(graph.find_nodes(op="placeholder")) - set(weights))
+
+
+def _has_values(graph: fx.Graph) -> bool:
+    calls = [node for node in graph.nodes if node.op.startswith("call")]
+    return bool(calls) and all(node.op != "call_module" and value_of(node) is not None for node in calls)
+
+
+def value_of(node: fx.Node) -> Any:
+    """What the node computes, as export or Dynamo recorded it: a fake tensor, or a tuple of them."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    value: Any = root
+    for atom in path.split("."):
+        value = getattr(value, atom, None)
+    return value
+
+
+class _Flattened(nn.Module):
+    """Returns every tensor that the model's output holds, whatever its type, as one list."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return tensors_in(self.model(*args, **kwargs))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor that a value of any type holds.
+
+    >>> len(tensors_in({"a": torch.ones(1), "b": (torch.ones(2), None)}))
+    2
+    """
+    return list(_tensors(value, set()))
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen and not isinstance(value, (str, bytes, int, float, type(None), nn.Module)):
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            children = list(value.values())
+        elif isinstance(value, (list, tuple, set)):
+            children = list(value)
+        else:
+            children = list(getattr(value, "__dict__", {}).values())
+        for child in children:
+            yield from _tensors(child, seen)
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that holds the very tensors of the original."""
+    tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _refuse(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(f"{name or 'the model'} is a ScriptModule, whose graph is closed: transform the model before torch.jit.script")
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            raise CaptureError(f"{name or 'the model'} is compiled: transform the model first, then call torch.compile")
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise CaptureError(f"{name or 'the model'} has uninitialised lazy parameters: run the model once before")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Export reports a failure by printing the whole graph so far; the caller gets one line instead."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _rng_untouched() -> Iterator[None]:
+    python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

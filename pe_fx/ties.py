@@ -1,0 +1,322 @@
+"""The plan: which weight is which view of which weight, and why others stayed as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pe_fx.errors import PeFxError
+
+SCHEMA_VERSION = 1
+
+Ranges = tuple[tuple[int, int], ...]
+"""Sorted, disjoint, half-open ranges of positions along one dimension."""
+
+Shape = tuple[int, ...]
+
+
+def to_ranges(positions: Iterable[int]) -> Ranges:
+    """
+    >>> to_ranges([4, 0, 1, 5, 9])
+    ((0, 2), (4, 6), (9, 10))
+    """
+    ranges: list[tuple[int, int]] = []
+    for position in sorted(set(positions)):
+        if ranges and ranges[-1][1] == position:
+            ranges[-1] = (ranges[-1][0], position + 1)
+        else:
+            ranges.append((position, position + 1))
+    return tuple(ranges)
+
+
+def length(ranges: Ranges) -> int:
+    return sum(stop - start for start, stop in ranges)
+
+
+def _trimmed(shape: Shape, axes: tuple[int, int]) -> Shape:
+    """A 1x1 convolution's kernel dimensions count for nothing."""
+    last = max(axes) + 1
+    return shape[:last] + tuple(size for size in shape[last:] if size != 1)
+
+
+def overlap(a: Ranges, b: Ranges) -> bool:
+    return any(start < other_stop and other < stop for start, stop in a for other, other_stop in b)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangular part of a parameter: for each dimension, the positions that belong to it.
+
+    >>> block = Block("qkv.weight", (192, 64), (((64, 128),), ((0, 64),)))
+    >>> block.shape, block.is_whole, str(block)
+    ((64, 64), False, 'qkv.weight[64:128]')
+    """
+
+    name: str
+    full_shape: Shape
+    ranges: tuple[Ranges, ...]
+
+    @classmethod
+    def whole(cls, name: str, shape: Sequence[int]) -> Block:
+        return cls(name, tuple(shape), tuple(((0, size),) for size in shape))
+
+    def narrowed(self, dim: int, positions: Iterable[int]) -> Block:
+        """The same block with only `positions` of dimension `dim`."""
+        ranges = list(self.ranges)
+        ranges[dim] = to_ranges(positions)
+        return dataclasses.replace(self, ranges=tuple(ranges))
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(length(ranges) for ranges in self.ranges)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == self.full_shape
+
+    def overlaps(self, other: Block) -> bool:
+        return self.name == other.name and all(map(overlap, self.ranges, other.ranges))
+
+    def __str__(self) -> str:
+        if self.is_whole:
+            return self.name
+        parts = [
+            ":" if length(ranges) == size else "+".join(f"{start}:{stop}" for start, stop in ranges[:3]) + ("+…" if len(ranges) > 3 else "")
+            for ranges, size in zip(self.ranges, self.full_shape, strict=True)
+        ]
+        while parts[-1] == ":":
+            parts.pop()
+        return f"{self.name}[{', '.join(parts)}]"
+
+
+@dataclass(frozen=True)
+class Tie:
+    """`into` is no parameter any more: it is `of`, its matrix dimensions `axes` swapped where `transposed`.
+
+    >>> fc1, fc2 = Block.whole("fc1.weight", (8, 4)), Block.whole("fc2.weight", (4, 8))
+    >>> tie = Tie(into=fc2, of=fc1, transposed=True)
+    >>> print(tie)
+    fc2.weight ← fc1.weightᵀ
+    >>> tie.target, tie.source
+    ('fc2.weight', 'fc1.weight')
+
+    Raises `PeFxError` where the two blocks do not have matching shapes.
+    """
+
+    into: Block
+    of: Block
+    transposed: bool
+    axes: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if _trimmed(self.into.shape, self.axes) != _trimmed(self.source_shape, self.axes):
+            raise PeFxError(f"{self} cannot be a tie: {self.into.shape} is not the shape of {self.of.shape}{'ᵀ' * self.transposed}")
+
+    @property
+    def source_shape(self) -> Shape:
+        """The source's shape as the target sees it, with the matrix dimensions `axes` swapped."""
+        shape = list(self.of.shape)
+        if self.transposed:
+            first, second = self.axes
+            shape[first], shape[second] = shape[second], shape[first]
+        return tuple(shape)
+
+    @property
+    def target(self) -> str:
+        return self.into.name
+
+    @property
+    def source(self) -> str:
+        return self.of.name
+
+    def __str__(self) -> str:
+        return f"{self.into} ← {self.of}{'ᵀ' if self.transposed else ''}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How the first block of a stage, whose input is narrower than the stage's W, takes part in it.
+
+    `treatment` is "slice" or "expand" (see `pe_fx.transform`); `convs` and `norms` are the modules of the projection
+    shortcut that it replaces, `conv1` the module whose weight becomes a view of W.
+    """
+
+    treatment: str
+    block: str
+    conv1: str
+    convs: tuple[str, ...]
+    norms: tuple[str, ...]
+    width: int
+    out: int
+    stride: tuple[int, ...]
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """The modules whose parameters go."""
+        keeps_norms = self.treatment == "expand" and any(step > 1 for step in self.stride)
+        return self.convs if keeps_norms else self.convs + self.norms
+
+
+@dataclass(frozen=True)
+class Site:
+    """A matched pattern: `kind`, the enclosing module's `name`, its `weights` in dataflow order, and their `ties`.
+
+    `stage` names the weight that it shares with its neighbours, `entry` how a first block takes part in that; `saved` is the
+    number of parameters that go.
+    """
+
+    kind: str
+    name: str
+    weights: tuple[str, ...]
+    ties: tuple[Tie, ...]
+    stage: str | None = None
+    entry: Entry | None = None
+    saved: int = 0
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A near miss: the weights, and as a sentence why they were not tied."""
+
+    kind: str
+    name: str
+    weights: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sites, misses, and the options that led to them; made by `pe_fx.plan`.
+
+    >>> import torch, pe_fx
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+    >>> plan = pe_fx.plan(model)
+    >>> print(plan)
+    site  kind  weights             shapes                 ties                     saved
+    ----  ----  ------------------  ---------------------  -----------------------  ------
+    .     mlp   0.weight, 2.weight  (256, 64), (64, 256)   2.weight ← 0.weightᵀ     16,384
+    <BLANKLINE>
+    1 site; 33,088 → 16,704 parameters (50.5 %)
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+    """
+
+    sites: tuple[Site, ...] = ()
+    misses: tuple[Miss, ...] = ()
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    params_before: int = 0
+    params_after: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ties(self) -> tuple[Tie, ...]:
+        return tuple(tie for site in self.sites for tie in site.ties)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return tuple(site.entry for site in self.sites if site.entry)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, with a schema version; `Plan.from_json` reads it back."""
+        body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.dumps({"pe_fx_plan": SCHEMA_VERSION} | body, default=dataclasses.asdict)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads what `to_json` wrote. Raises `PeFxError` for other text and for an unknown schema version."""
+        try:
+            body = json.loads(text)
+            version = body.pop("pe_fx_plan")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise PeFxError(f"this is not a plan written by Plan.to_json(): {error!r}") from error
+        if version != SCHEMA_VERSION:
+            raise PeFxError(f"this plan has schema version {version!r}; this pe_fx reads version {SCHEMA_VERSION}: make the plan anew with pe_fx.plan()")
+        try:
+            return cls(
+                sites=tuple(map(_site, body["sites"])),
+                misses=tuple(Miss(**_tuples(miss)) for miss in body["misses"]),
+                shapes={name: tuple(shape) for name, shape in body["shapes"].items()},
+                params_before=body["params_before"],
+                params_after=body["params_after"],
+                options=_tuples(body["options"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise PeFxError(f"this plan is damaged: {error!r}") from error
+
+    def __str__(self) -> str:
+        if not self.sites:
+            return f"no sites; {_summary(self)}"
+        rows = [
+            (
+                site.name or ".",
+                site.kind + (f" ({site.entry.treatment})" if site.entry else ""),
+                ", ".join(_relative(name, site.name) for name in site.weights),
+                ", ".join(str(self.shapes[name]) for name in site.weights),
+                "; ".join(_tie_text(tie, site.name) for tie in site.ties),
+                f"{site.saved:,}",
+            )
+            for site in self.sites
+        ]
+        return table(("site", "kind", "weights", "shapes", "ties", "saved"), rows) + f"\n\n{_summary(self)}"
+
+    def explain(self) -> str:
+        """The misses as text: for each reason's weights, one line."""
+        if not self.misses:
+            return "no misses"
+        return "\n".join(f"{miss.name or '.'} ({miss.kind}): {miss.reason}" for miss in self.misses)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell, the header underlined.
+
+    >>> print(table(("a", "b"), [("1", "22")]))
+    a  b
+    -  --
+    1  22
+    """
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _summary(plan: Plan) -> str:
+    kinds = Counter(site.kind for site in plan.sites)
+    count = f"{len(plan.sites)} site{'s' * (len(plan.sites) != 1)}"
+    detail = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if len(kinds) > 1 else ""
+    misses = f"; {len(plan.misses)} near misses, see plan.explain()" if plan.misses else ""
+    share = f" ({100 * plan.params_after / plan.params_before:.1f} %)" if plan.params_before else ""
+    return f"{count}{detail}; {plan.params_before:,} → {plan.params_after:,} parameters{share}{misses}"
+
+
+def _relative(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix + ".") if prefix else name
+
+
+def _tie_text(tie: Tie, prefix: str) -> str:
+    return f"{_relative(str(tie.into), prefix)} ← {_relative(str(tie.of), prefix)}{'ᵀ' if tie.transposed else ''}"
+
+
+def _site(body: dict[str, Any]) -> Site:
+    fields = _tuples(body)
+    fields["ties"] = tuple(Tie(Block(**tie["into"]), Block(**tie["of"]), tie["transposed"], tie["axes"]) for tie in fields["ties"])
+    if fields["entry"]:
+        fields["entry"] = Entry(**fields["entry"])
+    return Site(**fields)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has no tuples: every list becomes one."""
+    if isinstance(value, list):
+        return tuple(map(_tuples, value))
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,172 @@
+"""The dense twin: back from ties to ordinary parameters, and the proof that both compute the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pe_fx.capture import ExampleInputs, as_arguments, derive_inputs, tensors_in
+from pe_fx.errors import PeFxError
+from pe_fx.tied import Tied, stored, untie_weights
+from pe_fx.ties import table
+
+TOLERANCE = 1e-4
+
+
+def untie(model: nn.Module) -> nn.Module:
+    """A dense copy of a tied model: every tied weight is an ordinary parameter with its present value.
+
+    >>> import pe_fx
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> dense = pe_fx.untie(pe_fx.transform(model))
+    >>> type(dense[2]), torch.equal(dense[2].weight, dense[0].weight.t())
+    (<class 'torch.nn.modules.linear.Linear'>, True)
+
+    Classes, names, mode, dtypes and devices are those of the model that was transformed, so its state_dict loads there with
+    `strict=True`. The entry treatments "slice" and "expand" change what a block computes: their shortcuts stay.
+    """
+    model = copy.deepcopy(model)
+    tied = [module for module in model.modules() if isinstance(module, Tied)]
+    weights = [(module, dict(module.tied_weights)) for module in tied]
+    dense = {id(module): {name: weight.dense(module, name).detach().clone() for name, weight in named.items()} for module, named in weights}
+    for module in tied:
+        untie_weights(module, dense[id(module)])
+    return model
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The largest relative error of one quantity: ‖tied - dense‖ / ‖dense‖ over a whole tensor."""
+
+    mode: str
+    quantity: str
+    worst: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found; true where every error is below the tolerance."""
+
+    comparisons: tuple[Comparison, ...]
+    tolerance: float
+
+    @property
+    def worst(self) -> float:
+        return max((c.error if c.error == c.error else float("inf") for c in self.comparisons), default=0.0)
+
+    def __bool__(self) -> bool:
+        return self.worst < self.tolerance
+
+    def __str__(self) -> str:
+        rows = [(c.mode, c.quantity, f"{c.error:.1e}", c.worst) for c in self.comparisons]
+        verdict = "equal to the dense twin" if self else "NOT equal to the dense twin"
+        return table(("mode", "quantity", "error", "worst at"), rows) + f"\n\n{verdict} (tolerance {self.tolerance:.0e})"
+
+
+def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tolerance: float = TOLERANCE) -> Report:
+    """Compares a tied model with its dense twin: outputs and gradients, in train and in eval mode.
+
+    >>> import pe_fx
+    >>> tied = pe_fx.transform(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
+    >>> bool(pe_fx.verify(tied, torch.randn(3, 4)))
+    True
+
+    The gradient of a source must be the sum of the twin's gradients, mapped through the ties. Random operations draw the same
+    numbers in both. The model itself is not touched. Raises `PeFxError` where nothing in the model is tied.
+    """
+    if not any(isinstance(module, Tied) for module in model.modules()):
+        raise PeFxError("nothing in this model is tied: pass what pe_fx.transform returned")
+    args, kwargs = as_arguments(derive_inputs(model) if example_inputs is None else example_inputs)
+    found: list[Comparison] = []
+    for mode, training in (("train", True), ("eval", False)):
+        tied, twin = copy.deepcopy(model).train(training), untie(model).train(training)
+        outputs, gradients = _run(tied, args, kwargs)
+        expected, dense_gradients = _run(twin, args, kwargs)
+        found.append(_largest(mode, "outputs", {f"output {i}": pair for i, pair in enumerate(zip(outputs, expected, strict=True))}))
+        mapped = _mapped_gradients(tied, dense_gradients)
+        pairs = {name: (gradients[name], mapped[name]) for name in mapped if gradients.get(name) is not None or mapped[name] is not None}
+        found.append(_largest(mode, "gradients", pairs))
+    return Report(tuple(found), tolerance)
+
+
+def _run(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    """Outputs, and the gradients of a random projection of them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        outputs = [value for value in tensors_in(model(*args, **kwargs)) if value.is_floating_point()]
+        torch.manual_seed(1)
+        loss = sum(((value.float() * torch.randn(value.shape, device=value.device)).sum() for value in outputs if value.requires_grad), torch.zeros(()))
+        if loss.requires_grad:
+            loss.backward()
+    return [value.detach() for value in outputs], {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def _mapped_gradients(tied: nn.Module, dense: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The twin's gradients as those of the stored parameters: every entry of a tied weight counts at the entry it is a view of.
+
+    Where each entry comes from is found by sending entry numbers, not values, through the ties.
+    """
+    numbers: dict[int, Tensor] = {}
+    mapped: dict[str, Tensor | None] = {}
+    kept = {name: parameter for name, parameter in tied.named_parameters()}
+    offset = 0
+    offsets: dict[int, int] = {}
+    total = sum(parameter.numel() for parameter in kept.values())
+    flat = torch.zeros(total, dtype=torch.float64)
+    seen: set[str] = set()
+    for name, parameter in kept.items():
+        numbers[id(parameter)] = torch.arange(offset, offset + parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
+        offsets[id(parameter)] = offset
+        offset += parameter.numel()
+    for name, weight_numbers in _dense_numbers(tied, numbers):
+        gradient = dense.get(name)
+        if gradient is not None:
+            seen.add(name)
+            flat.index_add_(0, weight_numbers.reshape(-1).long(), gradient.detach().double().cpu().reshape(-1))
+    touched = {name for name, _ in _dense_numbers(tied, numbers) if name in seen}
+    for name, parameter in kept.items():
+        start = offsets[id(parameter)]
+        value = flat[start : start + parameter.numel()].reshape(parameter.shape)
+        mapped[name] = value if touched and (dense.get(name) is not None or bool(value.any())) else None
+    return mapped
+
+
+def _dense_numbers(tied: nn.Module, numbers: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the dense twin by name, with the entry numbers that its entries come from."""
+    for path, module in tied.named_modules():
+        prefix = f"{path}." if path else ""
+        views = module.tied_weights if isinstance(module, Tied) else {}
+        for name, parameter in module._parameters.items():
+            if parameter is not None and name not in views:
+                yield prefix + name, numbers[id(parameter)]
+        for name, weight in views.items():
+            own = module._parameters.get(name)
+            sources = [numbers[id(stored(*source))] for source in weight.sources]
+            yield prefix + name, weight.layout.assemble(None if own is None else numbers[id(own)], sources)
+
+
+def _largest(mode: str, quantity: str, pairs: dict[str, tuple[Tensor | None, Tensor | None]]) -> Comparison:
+    scale = max((float(b.double().norm()) for _, b in pairs.values() if b is not None), default=0.0)
+    worst, largest = "", 0.0
+    for name, (a, b) in pairs.items():
+        error = float("inf") if a is None or b is None else _error(a, b, scale)
+        if not error <= largest:
+            worst, largest = name, error
+    return Comparison(mode, quantity, worst, largest)
+
+
+def _error(a: Tensor, b: Tensor, scale: float) -> float:
+    """Relative to the tensor's own norm, or where that vanishes to a millionth of the largest tensor's."""
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.double().cpu(), b.double().cpu()
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)):
+        return float("inf")
+    difference = float((a - b)[finite].norm())
+    return difference / max(float(b[finite].norm()), 1e-6 * scale, 1e-30) if difference else 0.0
