@@ -8,9 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-from pe_fx.flow import Channels, Flow, Op, Weight, arriving, channels_along, channels_in, expand_along, factors, product_labels, varying_axes
+from pe_fx.flow import (
+    Flow,
+    Op,
+    Weight,
+    arriving,
+    channels_along,
+    channels_in,
+    expand_along,
+    factors,
+    product_labels,
+    varying_axes,
+)
 from pe_fx.ops import Kind
-from pe_fx.passes.pairs import common_module, tie
+from pe_fx.passes.pairs import common_module, misuse, tie
 from pe_fx.ties import Block, Miss, Site, Tie
 
 _SCORES = {Kind.VIEW, Kind.POINTWISE, Kind.PRODUCT, Kind.NONLINEAR, Kind.NORM}
@@ -27,16 +38,16 @@ class Attention:
     kind: str = "attention"
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
+        found = [(core, roles) for core in _cores(flow) if (roles := _roles(flow, core)) is not None]
+        partners: dict[Op, set[tuple[str, ...]]] = {}
+        for _, roles in found:
+            for part in roles.parts:
+                partners.setdefault(part.op, set()).add(roles.names)
         seen: set[tuple[str, ...]] = set()
-        for core in _cores(flow):
-            roles = _roles(flow, core)
-            if roles is None:
-                continue
-            names = roles.names
-            if names in seen or any(name in flow.claimed for name in names):
-                continue
-            seen.add(names)
-            yield from _tie(flow, self.kind, core, roles)
+        for core, roles in found:
+            if roles.names not in seen and not any(name in flow.claimed for name in roles.names):
+                seen.add(roles.names)
+                yield from _tie(flow, self.kind, core, roles, partners)
 
 
 @dataclass(frozen=True)
@@ -85,52 +96,48 @@ class Roles:
 def _cores(flow: Flow) -> Iterator[Core]:
     for op in flow.ops:
         if op.kind is Kind.ATTEND:
-            yield Core(*op.operands[:3], mix=op)
+            yield Core(op.operands[0], op.operands[1], op.operands[2], op)
         elif op.kind is Kind.SOFTMAX:
-            scores = _score_product(flow, op)
-            mix = _value_product(flow, op)
-            if scores is not None and mix is not None:
-                yield Core(*scores, *mix)
+            averaged = _value_product(flow, op)
+            scores = _score_product(flow, op, *averaged) if averaged is not None else None
+            if averaged is not None and scores is not None:
+                yield Core(*scores, v=averaged[1], mix=averaged[2])
 
 
-def _score_product(flow: Flow, softmax: Op) -> tuple[Op, Op] | None:
-    """q and k: the factors of the product under the softmax, told apart by the axis that the softmax normalises."""
-    for product in sorted(flow.backward(softmax, _SCORES, lambda op: op.kind is Kind.MATMUL), key=lambda op: op.index):
-        labels = product_labels(product)
+def _value_product(flow: Flow, softmax: Op) -> tuple[Op, Op, Op] | None:
+    """The attention map as it meets the values, the values, and their product."""
+    for product in flow.forward(softmax, _SCORES, lambda op: op.kind is Kind.MATMUL):
         pair = factors(product)
-        if labels is None or pair[0] is None or pair[1] is None:
+        for weights, values in (pair, pair[::-1]):
+            if weights is not None and values is not None and values is not softmax and not flow.reaches(softmax, values):
+                return weights, values, product
+    return None
+
+
+def _score_product(flow: Flow, softmax: Op, weights: Op, values: Op, mix: Op) -> tuple[Op, Op] | None:
+    """q and k: the factors of the product under the softmax. The keys lie along the axis over which the values are averaged."""
+    labels = product_labels(mix)
+    names = labels[0 if factors(mix)[0] is weights else 1] if labels is not None else ""
+    averaged = [axis for axis, label in enumerate(names) if labels is not None and label not in labels[2]]
+    for product in sorted(flow.backward(softmax, _SCORES, lambda op: op.kind is Kind.MATMUL), key=lambda op: op.index):
+        terms = product_labels(product)
+        first, second = factors(product)
+        if terms is None or first is None or second is None or len(averaged) != 1:
             continue
-        for mine, other, k, q in ((labels[1], labels[0], pair[1], pair[0]), (labels[0], labels[1], pair[0], pair[1])):
-            own = [axis for axis, label in enumerate(labels[2]) if label in mine and label not in other]
-            if own and _axis_at(flow, product, own[-1], softmax) == _softmax_axis(softmax):
+        for mine, other, k, q in ((terms[1], terms[0], second, first), (terms[0], terms[1], first, second)):
+            own = [axis for axis, label in enumerate(terms[2]) if label in mine and label not in other]
+            if own and _axis_at(flow, product, own[-1], weights) == averaged[0]:
                 return q, k
     return None
 
 
-def _softmax_axis(softmax: Op) -> int | None:
-    axis = softmax.node.kwargs.get("dim", softmax.node.args[1] if len(softmax.node.args) > 1 else -1)
-    return axis % len(softmax.shape) if isinstance(axis, int) else None
-
-
-def _axis_at(flow: Flow, product: Op, axis: int, softmax: Op) -> int | None:
-    """Where an axis of the product lies in the softmax's operand."""
+def _axis_at(flow: Flow, product: Op, axis: int, value: Op) -> int | None:
+    """Where an axis of the product lies in a value made from it."""
     size = product.shape[axis]
     tags = expand_along(torch.arange(1.0, size + 1, dtype=torch.float64), product.shape, axis)
-    source = softmax.inputs[0]
-    state = Channels(tags) if source is product else flow.trace(product, softmax, tags=tags, joins=True).get(source)
-    if state is None or state.tags is None:
-        return None
-    axes = varying_axes(state.tags)
+    state = flow.trace(product, value, tags=tags, joins=True)[value]
+    axes = varying_axes(state.tags) if isinstance(state.tags, torch.Tensor) else []
     return axes[0] if len(axes) == 1 else (axis if size == 1 else None)
-
-
-def _value_product(flow: Flow, softmax: Op) -> tuple[Op, Op] | None:
-    """v and the product that averages it."""
-    for product in flow.forward(softmax, _SCORES, lambda op: op.kind is Kind.MATMUL):
-        for factor in factors(product):
-            if factor is not None and factor is not softmax and not flow.reaches(softmax, factor):
-                return factor, product
-    return None
 
 
 def _roles(flow: Flow, core: Core) -> Roles | None:
@@ -166,7 +173,7 @@ def _output(flow: Flow, core: Core, v: Part | None) -> Part | None:
     return None
 
 
-def _tie(flow: Flow, kind: str, core: Core, roles: Roles) -> Iterator[Site | Miss]:
+def _tie(flow: Flow, kind: str, core: Core, roles: Roles, partners: dict[Op, set[tuple[str, ...]]]) -> Iterator[Site | Miss]:
     ties: list[Tie] = []
     misses: list[Miss] = []
     halves = [(roles.k, roles.v, "values", "keys"), (roles.q, roles.proj, "the output projection", "queries")]
@@ -175,7 +182,7 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles) -> Iterator[Site | Mis
             reason: str | None = f"{what} cannot use the weight of the {whose}, {source.block}: no projection of their own was found"
             weights: tuple[str, ...] = (source.weight.name,)
         else:
-            reason = _half_obstacle(flow, roles, source, target)
+            reason = _half_obstacle(flow, roles, source, target, partners)
             weights = tuple(dict.fromkeys((source.weight.name, target.weight.name)))
         if reason is not None:
             misses.append(Miss(kind, common_module(weights), weights, reason))
@@ -189,13 +196,14 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles) -> Iterator[Site | Mis
     yield from misses
 
 
-def _half_obstacle(flow: Flow, roles: Roles, source: Part, target: Part) -> str | None:
+def _half_obstacle(flow: Flow, roles: Roles, source: Part, target: Part, partners: dict[Op, set[tuple[str, ...]]]) -> str | None:
     if source.matrix != target.matrix[::-1]:
         return f"{target.block} is {target.matrix}, {source.block} is {source.matrix}: not transposes of each other"
     if any(target.block.overlaps(part.block) for part in roles.parts if part is not target):
         return f"{target.block} serves two roles in one attention"
     for part in (source, target):
-        for reader in flow.readers[part.weight.name]:
-            if reader.weight is None or reader.weight.name != part.weight.name:
-                return f"{part.weight.name} is read by {reader.name} too ({reader.node.name})"
+        if (reason := misuse(flow, part.weight)) is not None:
+            return reason
+    if any(partners.get(reader) != {roles.names} for reader in flow.readers[target.weight.name]):
+        return f"{target.weight.name} is used a second time, in another role or with other weights"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ class Pair:
 
     @property
     def weights(self) -> tuple[Weight, Weight]:
-        assert self.first.weight is not None and self.second.weight is not None
+        assert self.first.weight is not None
+        assert self.second.weight is not None
         return self.first.weight, self.second.weight
 
     @property
@@ -56,7 +58,7 @@ def entry_pairs(flow: Flow) -> Iterator[Pair]:
     for pair in pairs(flow):
         first, second = pair.weights
         differs = first.outputs == second.inputs and first.inputs != second.outputs
-        if differs and pair.is_bottleneck and _would_fit_otherwise(flow, pair) and _reader_obstacle(flow, pair) is None:
+        if differs and pair.is_bottleneck and _would_fit_otherwise(flow, pair) and _reader_obstacle(flow, [pair]) is None:
             yield pair
 
 
@@ -69,36 +71,52 @@ def following(flow: Flow, first: Op) -> Op | None:
 
 
 def match_pairs(flow: Flow, kind: str, accept: Callable[[Pair], bool]) -> Iterator[Site | Miss]:
-    """A site for every pair that `accept` takes and that can be tied; a pair that runs several times is one."""
-    seen: set[tuple[str, str]] = set()
-    for pair in pairs(flow):
-        if pair.names in seen or not pair.is_transposed or not accept(pair):
-            continue
-        seen.add(pair.names)
-        reason = obstacle(flow, pair)
-        if reason is None:
-            flow.carriers.update(op for name in pair.names for op in flow.readers[name])
-            yield Site(kind, common_module(pair.names), pair.names, (tie(*pair.weights),))
-        else:
-            yield Miss(kind, common_module(pair.names), pair.names, reason)
+    """A site for every pair that `accept` takes and that can be tied; a pair that runs several times is one.
+
+    What is found is one step to the pairs around it: the search is repeated until it finds no more.
+    """
+    refused: set[tuple[str, str]] = set()
+    found = True
+    while found:
+        found = False
+        groups: dict[tuple[str, str], list[Pair]] = {}
+        for pair in pairs(flow):
+            if pair.is_transposed and accept(pair):
+                groups.setdefault(pair.names, []).append(pair)
+        for names, group in groups.items():
+            if names in refused or any(name in flow.claimed for name in names):
+                continue
+            reason = _group_obstacle(flow, group)
+            if reason is None:
+                found = True
+                flow.carriers.update(op for name in names for op in flow.readers[name])
+                yield Site(kind, common_module(names), names, (tie(*group[0].weights),))
+            else:
+                refused.add(names)
+                yield Miss(kind, common_module(names), names, reason)
 
 
 def obstacle(flow: Flow, pair: Pair) -> str | None:
-    """Why a pair of fitting shapes cannot be tied, if so."""
+    """Why a pair of fitting shapes cannot be tied, as far as this use of it says."""
     first, second = pair.weights
     if first.name == second.name:
         return f"{first.name} is both weights"
-    states = flow.trace(pair.first, pair.second)
-    state = arriving(states, pair.second)
+    state = arriving(flow.trace(pair.first, pair.second), pair.second)
     reason = _channel_obstacle(pair, state)
     if reason is None and not state.activations:
         reason = f"no nonlinearity stands between {first.name} and {second.name}: tied, they would be one symmetric map"
-    return reason or _reader_obstacle(flow, pair)
+    return reason
+
+
+def _group_obstacle(flow: Flow, group: list[Pair]) -> str | None:
+    """Why a pair that runs once or several times cannot be tied."""
+    reasons = (reason for pair in group if (reason := obstacle(flow, pair)) is not None)
+    return next(reasons, None) or _reader_obstacle(flow, group)
 
 
 def _channel_obstacle(pair: Pair, state: Channels) -> str | None:
     first, second = pair.weights
-    if state.tags is None:
+    if state.tags is None or state.uniform:
         return f"between {first.name} and {second.name} the value passes {state.lost}"
     axis = pair.second.in_axis % state.tags.dim()
     if varying_axes(state.tags) != [axis]:
@@ -110,26 +128,29 @@ def _channel_obstacle(pair: Pair, state: Channels) -> str | None:
     return None
 
 
-def _reader_obstacle(flow: Flow, pair: Pair) -> str | None:
-    """Ties hold wherever a weight is read: every reader must be in this same pair."""
-    first, second = pair.weights
-    for weight, other in ((first, second), (second, first)):
-        for reader in flow.readers[weight.name]:
-            if reader.weight is None or reader.weight.name != weight.name:
-                return f"{weight.name} is read by {reader.name} too ({reader.node.name})"
-            partner = following(flow, reader) if weight is first else _preceding(flow, reader)
-            if partner is None or partner.weight is None or partner.weight.name != other.name:
-                with_whom = f", there with {partner.weight.name}" if partner is not None and partner.weight is not None else ""
-                return f"{weight.name} is used a second time{with_whom}, not with {other.name}"
+def misuse(flow: Flow, weight: Weight) -> str | None:
+    """Whether a weight is read for more than to multiply with it as it is; ties hold wherever it is read."""
+    if weight.opaque:
+        return f"{weight.name} is applied through {weight.opaque}, not as it is: if it is parametrized, remove the parametrization first"
+    for reader in flow.readers[weight.name]:
+        if reader.weight is None or reader.weight.name != weight.name:
+            return f"{weight.name} is read by {reader.name} too ({reader.node.name})"
     return None
 
 
-def _preceding(flow: Flow, second: Op) -> Op | None:
-    """The weight whose `following` is `second`."""
-    source = flow.feeder(second.inputs[0]) if second.inputs else None
-    while source is not None and (not _is_matrix(source) or following(flow, source) is not second):
-        source = flow.feeder(source.inputs[0]) if source.inputs else None
-    return source
+def _reader_obstacle(flow: Flow, group: list[Pair]) -> str | None:
+    """Every use of either weight must be in this same pair."""
+    first, second = group[0].weights
+    uses = {first.name: {pair.first for pair in group}, second.name: {pair.second for pair in group}}
+    for weight, other in ((first, second), (second, first)):
+        if (reason := misuse(flow, weight)) is not None:
+            return reason
+        for reader in flow.readers[weight.name]:
+            if reader not in uses[weight.name]:
+                partner = following(flow, reader) if weight is first else flow.feeder(reader.inputs[0])
+                there = f", there with {partner.weight.name}" if partner is not None and partner.weight is not None else ""
+                return f"{weight.name} is used a second time{there}, not with {other.name}"
+    return None
 
 
 def tie(source: Weight, target: Weight, of: Block | None = None, into: Block | None = None) -> Tie:
@@ -154,67 +175,64 @@ def common_module(names: tuple[str, ...]) -> str:
 
 
 def near_misses(flow: Flow) -> Iterator[Miss]:
-    """What looks like a pair but is none, among the weights that no site has claimed."""
+    """What looks like a pair but is none, where at least one of the weights is in no site."""
     seen: set[tuple[str, str]] = set()
     for first in flow.ops:
-        if first.weight is None or first in flow.carriers:
+        if first.weight is None:
             continue
-        for second, closed in _successors(flow, first):
-            assert second.weight is not None
-            names = (first.weight.name, second.weight.name)
-            if names in seen or names[0] == names[1]:
-                continue
-            pair = Pair(first, second, tuple(flow.between(first, second)) if closed else ())
-            reason = _near_reason(flow, pair, closed)
-            if reason is not None:
-                seen.add(names)
-                kind = "bottleneck" if first.weight.is_convolution and (pair.is_bottleneck or not _is_matrix(first) or not _is_matrix(second)) else "mlp"
-                yield Miss(kind, common_module(names), names, reason)
+        candidates = [(pair, reason) for pair, closed in _candidates(flow, first) if (reason := _near_reason(flow, pair, closed))]
+        for pair, reason in candidates:
+            if pair.names not in seen:
+                seen.add(pair.names)
+                kind = "bottleneck" if pair.is_bottleneck or not _is_matrix(pair.first) or not _is_matrix(pair.second) else "mlp"
+                yield Miss(kind, common_module(pair.names), pair.names, reason)
 
 
-def _successors(flow: Flow, first: Op) -> Iterator[tuple[Op, bool]]:
+def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
     """The next weights after `first`, and whether all of it goes there and nothing else."""
-    plain = _is_matrix(first)
-
-    def has_weight(op: Op) -> bool:
-        return op.weight is not None and (op.is_projection or (op.kind is Kind.CONV and not op.is_depthwise and not plain))
-
     for op in flow.enclosed(first):
-        if has_weight(op) and op not in flow.carriers:
-            yield op, True
+        if op.weight is not None and not op.is_depthwise:
+            yield Pair(first, op, tuple(flow.between(first, op))), True
+        if op.is_projection:
             return
-    if not plain:
+    if not _is_matrix(first) or _is_claimed(flow, first):
         return
-    inside = {kind for kind in _HARMLESS if kind is not Kind.CONV}
-    for op in flow.forward(first, inside, lambda op: has_weight(op) or not flow.dominates(first, op)):
-        if has_weight(op) and flow.dominates(first, op):
-            yield op, False
+    for op in flow.forward(first, _HARMLESS, lambda op: op.is_projection or not flow.dominates(first, op)):
+        if op.is_projection and op.weight is not None and flow.dominates(first, op):
+            pair = Pair(first, op, ())
+            yield dataclasses.replace(pair, region=tuple(flow.between(first, op))) if pair.is_transposed else pair, False
 
 
 def _near_reason(flow: Flow, pair: Pair, closed: bool) -> str | None:
     first, second = pair.weights
-    fits = first.outputs == second.inputs and first.inputs == second.outputs
     claimed = [name for name in pair.names if name in flow.claimed]
-    if len(claimed) == 2:
+    if first.name == second.name or len(claimed) == 2:
         return None
-    shapes = f"{second.name} is {second.block.shape}, {first.name} is {first.block.shape}"
     if not _is_matrix(pair.first) or not _is_matrix(pair.second):
-        if claimed or not closed:
-            return None
-        guilty = first if not _is_matrix(pair.first) else second
-        if guilty.groups > 1:
-            return f"{guilty.name} is a convolution in {guilty.groups} groups: only ungrouped 1x1 convolutions are tied"
-        size = "x".join(map(str, guilty.kernel))
-        return f"{guilty.name} is a {size} convolution: only 1x1 convolutions are tied" if fits else None
+        return None if claimed else _kernel_reason(pair)
     if claimed:
-        if closed and fits and obstacle(flow, pair) is None:
-            return f"{claimed[0]} belongs to another site already ({flow.claimed[claimed[0]] or 'the model'})"
-        return None
-    if not fits:
+        is_loser = closed and pair.is_transposed and obstacle(flow, pair) is None
+        return f"{claimed[0]} belongs to another site already ({flow.claimed[claimed[0]] or 'the model'})" if is_loser else None
+    if not pair.is_transposed:
+        shapes = f"{second.name} is {second.block.shape}, {first.name} is {first.block.shape}"
         return f"{shapes}: not transposes of each other" if closed and _would_fit_otherwise(flow, pair) else None
     if closed:
-        return obstacle(flow, pair)
+        return _group_obstacle(flow, [pair])
     return f"the value between {first.name} and {second.name} is read elsewhere too: {_leak(flow, pair)}"
+
+
+def _kernel_reason(pair: Pair) -> str | None:
+    """A convolution at one end that would be tied, were it 1x1 and ungrouped."""
+    first, second = pair.weights
+    guilty = first if not _is_matrix(pair.first) else second
+    widths = [weight.inputs * weight.groups for weight in (first, second)]
+    if first.outputs != widths[1] or second.outputs != widths[0]:
+        return None
+    if guilty.groups > 1:
+        return f"{guilty.name} is a convolution in {guilty.groups} groups: only ungrouped 1x1 convolutions are tied"
+    if guilty.kernel and max(guilty.kernel) > 1:
+        return f"{guilty.name} is a {'x'.join(map(str, guilty.kernel))} convolution: only 1x1 convolutions are tied"
+    return f"{guilty.block} is only a part of {guilty.name}: only whole weights are paired"
 
 
 def _would_fit_otherwise(flow: Flow, pair: Pair) -> bool:

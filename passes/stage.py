@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pe_fx.flow import Flow, Op
 from pe_fx.ops import Kind
@@ -16,12 +16,29 @@ ENTRIES = ("keep", "slice", "expand")
 _SHORTCUT = {Kind.POINTWISE, Kind.POOL, Kind.NORM, Kind.VIEW}
 
 
+@dataclass(frozen=True)
+class _Block:
+    """A site, or the pair of an entry block, with the operations where it begins and ends the first time that it runs."""
+
+    found: Site | Pair
+    first: Op
+    last: Op
+
+
 @dataclass
 class _Stage:
     """Consecutive blocks of one shape; `entry` is the first one, where its input is narrower."""
 
-    entry: Pair | None
-    sites: list[Site] = field(default_factory=list)
+    blocks: list[_Block]
+
+    @property
+    def entry(self) -> Pair | None:
+        head = self.blocks[0].found
+        return head if isinstance(head, Pair) else None
+
+    @property
+    def sites(self) -> list[Site]:
+        return [block.found for block in self.blocks if isinstance(block.found, Site)]
 
 
 def share_stages(
@@ -53,31 +70,32 @@ def share_stages(
 
 
 def _stages(flow: Flow, sites: Iterable[Site], entries: Iterable[Pair]) -> list[_Stage]:
-    blocks: list[tuple[int, Site | Pair]] = [(_first(flow, site).index, site) for site in sites]
-    blocks += [(pair.first.index, pair) for pair in entries]
+    blocks = [_block(flow, site) for site in sites] + [_Block(pair, pair.first, pair.second) for pair in entries]
+    blocks.sort(key=lambda block: block.first.index)
     stages: list[_Stage] = []
-    last: Op | None = None
-    for _, block in sorted(blocks, key=lambda item: item[0]):
-        if isinstance(block, Pair):
-            stages.append(_Stage(block))
-            last = block.second
-            continue
-        first = _first(flow, block)
-        fits = bool(stages) and last is not None and _matches(stages[-1], block) and flow.reaches(last, first)
-        if fits:
-            stages[-1].sites.append(block)
+    for position, block in enumerate(blocks):
+        stage = next((stage for stage in reversed(stages) if _continues(flow, stage, block, blocks[:position])), None)
+        if stage is None:
+            stages.append(_Stage([block]))
         else:
-            stages.append(_Stage(None, [block]))
-        last = _last(flow, block)
-    return [stage for stage in stages if len(stage.sites) + (stage.entry is not None) > 1 or stage.entry is not None]
+            stage.blocks.append(block)
+    return stages
 
 
-def _first(flow: Flow, site: Site) -> Op:
-    return min((op for name in site.weights for op in flow.readers[name]), key=lambda op: op.index)
+def _block(flow: Flow, site: Site) -> _Block:
+    readers = [[op.index for op in flow.readers[name]] for name in site.weights]
+    first = min(index for indices in readers for index in indices)
+    last = max(min(index for index in indices if index >= first) for indices in readers)
+    return _Block(site, flow.ops[first], flow.ops[last])
 
 
-def _last(flow: Flow, site: Site) -> Op:
-    return max((op for name in site.weights for op in flow.readers[name]), key=lambda op: op.index)
+def _continues(flow: Flow, stage: _Stage, block: _Block, earlier: list[_Block]) -> bool:
+    """Whether `block` fits the stage and comes right after it, no other block between them."""
+    last = stage.blocks[-1].last
+    if isinstance(block.found, Pair) or not _matches(stage, block.found) or not flow.reaches(last, block.first):
+        return False
+    between = [other for other in earlier if other.first.index > last.index]
+    return not any(flow.reaches(last, other.first) and flow.reaches(other.last, block.first) for other in between)
 
 
 def _matches(stage: _Stage, site: Site) -> bool:
@@ -96,6 +114,8 @@ def _shared(stage: _Stage) -> list[Site]:
     if stage.entry is not None:
         root = stage.entry.weights[1].block
         return [_to_target(site, root) for site in stage.sites]
+    if len(stage.sites) < 2:
+        return []
     leader = stage.sites[0]
     name = leader.ties[0].source
     return [dataclasses.replace(leader, stage=name)] + [_to_source(site, leader, name) for site in stage.sites[1:]]
@@ -179,4 +199,6 @@ def _shortcut(flow: Flow, pair: Pair, treatment: str) -> Entry | str:
 
 
 def _position(flow: Flow, sites: list[Site], first: Op) -> int:
-    return next((i for i, site in enumerate(sites) if site.kind == "bottleneck" and _first(flow, site).index > first.index), len(sites))
+    return next(
+        (i for i, site in enumerate(sites) if site.kind == "bottleneck" and _block(flow, site).first.index > first.index), len(sites)
+    )

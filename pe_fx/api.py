@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from pe_fx.capture import Captured, ExampleInputs, capture
 from pe_fx.entry import widen_params
@@ -19,7 +19,7 @@ from pe_fx.errors import NoSitesWarning, PeFxError
 from pe_fx.flow import Flow
 from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.stage import ENTRIES, share_stages
-from pe_fx.rewrite import INITS, rewrite_modules
+from pe_fx.rewrite import INITS, rewrite_graph, rewrite_modules
 from pe_fx.tied import Tied
 from pe_fx.ties import Miss, Plan, Site, Tie
 
@@ -123,7 +123,11 @@ def transform(
     made = plan(model, example_inputs, rules=rules, share=share, entry=entry, include=include, exclude=exclude)
     if not made.sites and not any(isinstance(module, Tied) for module in model.modules()):
         detail = f" ({len(made.misses)} near misses: {made.misses[0].reason}, …)" if made.misses else ""
-        warnings.warn(f"nothing in this {type(model).__name__} can be tied{detail}; print(pe_fx.plan(model).explain()) says why", NoSitesWarning, stacklevel=2)
+        warnings.warn(
+            f"nothing in this {type(model).__name__} can be tied{detail}; print(pe_fx.plan(model).explain()) says why",
+            NoSitesWarning,
+            stacklevel=2,
+        )
     return apply(model, made, init=init, inplace=inplace)
 
 
@@ -142,7 +146,10 @@ def apply(model: nn.Module, plan: Plan, *, init: str = "keep", inplace: bool = F
     """
     _one_of("init", init, INITS)
     result = model if inplace else copy.deepcopy(model)
-    rewrite_modules(result, plan, init)
+    if isinstance(result, fx.GraphModule) and not any(True for _ in result.parameters()):
+        rewrite_graph(result, plan)
+    else:
+        rewrite_modules(result, plan, init)
     return result
 
 

@@ -101,19 +101,18 @@ def derive_inputs(model: nn.Module) -> ExampleInputs:
     torch.Size([2, 3])
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    options = {"dtype": like.dtype, "device": like.device}
     configuration = getattr(model, "pretrained_cfg", None)
     if isinstance(configuration, Mapping) and "input_size" in configuration:
-        return torch.zeros(2, *configuration["input_size"], **options)
+        return like.new_zeros(2, *configuration["input_size"])
     with contextlib.suppress(Exception):  # a property of a user's model may raise anything
         dummy = model.dummy_inputs
         if isinstance(dummy, Mapping):
             return {key: value.to(like.device) if isinstance(value, Tensor) else value for key, value in dummy.items()}
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            return torch.zeros(2, module.in_features, **options)
+            return like.new_zeros(2, module.in_features)
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return torch.zeros(2, module.in_channels, *[64] * len(module.kernel_size), **options)
+            return like.new_zeros(2, module.in_channels, *[64] * len(module.kernel_size))
         if isinstance(module, nn.Embedding):
             return torch.zeros(2, 16, dtype=torch.long, device=like.device)
     raise CaptureError(f"no example inputs can be derived for {type(model).__name__}: pass example_inputs")
@@ -137,7 +136,9 @@ def _copy_into(graph: fx.Graph, gm: fx.GraphModule, values: dict[fx.Node, Any]) 
         region = _region(gm, node)
         if region is not None:
             body, operands = region
-            inner = dict(zip(body.graph.find_nodes(op="placeholder"), [fx.node.map_arg(o, values.__getitem__) for o in operands], strict=True))
+            inner = dict(
+                zip(body.graph.find_nodes(op="placeholder"), [fx.node.map_arg(o, values.__getitem__) for o in operands], strict=True)
+            )
             values[node] = _copy_into(graph, body, inner)
         elif node.target is operator.getitem and not isinstance(values[node.args[0]], fx.Node):
             values[node] = values[node.args[0]][node.args[1]]
@@ -238,10 +239,12 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
 def _refuse(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise CaptureError(f"{name or 'the model'} is a ScriptModule, whose graph is closed: transform the model before torch.jit.script")
+            raise CaptureError(
+                f"{name or 'the model'} is a ScriptModule, whose graph is closed: transform the model before torch.jit.script"
+            )
         if isinstance(module, torch._dynamo.OptimizedModule):
             raise CaptureError(f"{name or 'the model'} is compiled: transform the model first, then call torch.compile")
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise CaptureError(f"{name or 'the model'} has uninitialised lazy parameters: run the model once before")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pe_fx.derived import Derived
 
 
 class PadShortcut(nn.Module):
@@ -50,27 +51,11 @@ class Widen(nn.Module):
         return torch.cat([self.act(self.norm(self.conv(x))), x], 1)
 
 
-class Widened:
+class Widened(Derived):
     """A block that widens its input first."""
-
-    dense_class: type[nn.Module]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(self.widen(x), *args, **kwargs)  # type: ignore[misc,attr-defined]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.dense_class,), self.__getstate__()  # type: ignore[attr-defined]
-
-
-@functools.cache
-def widened_class(dense_class: type[nn.Module]) -> type[nn.Module]:
-    body = {"__module__": dense_class.__module__, "dense_class": dense_class, "__doc__": f"{dense_class.__name__} with a widened input."}
-    return type(f"Widened{dense_class.__name__}", (Widened, dense_class), body)
-
-
-def _rebuild(dense_class: type[nn.Module]) -> nn.Module:
-    cls = widened_class(dense_class)
-    return cls.__new__(cls)
 
 
 def strided_shortcut(out: int, stride: tuple[int, ...]) -> nn.Module:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from pe_fx.capture import Captured, value_of
-from pe_fx.ops import KINDS, Kind, base_name, is_in_place, is_pure_move
+from pe_fx.ops import KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place, is_pure_move
 from pe_fx.ties import Block, Shape
 
 _STATIC_KINDS = {Kind.VIEW, Kind.POINTWISE, Kind.PRODUCT, Kind.NORM, Kind.REDUCE, Kind.NONLINEAR, Kind.CONSTANT}
@@ -31,7 +31,7 @@ class Weight:
 
     `rows[i]` is the position along the parameter's dimension `out_dim` that holds output channel i; `in_dim` is the dimension
     of the input channels. `kernel` is the spatial extent of a convolution, () for a linear. `computed`: the operand is not a
-    view of the parameter but calculated from it (weight standardisation).
+    view of the parameter but calculated from it (weight standardisation). `opaque`: calculated from it by something else, named.
     """
 
     block: Block
@@ -41,6 +41,7 @@ class Weight:
     kernel: Shape = ()
     groups: int = 1
     computed: bool = False
+    opaque: str = ""
 
     @property
     def name(self) -> str:
@@ -117,12 +118,14 @@ class Channels:
 
     `tags` holds channel number + 1 (0: a channel of something else) in the value's shape, a tuple of such tensors for an
     operation with several results, or None where the channels were mixed; `lost` then says by what.
+    `uniform`: one number for all channels (their mean, their norm), and so the same along them wherever it is broadcast.
     `activations` counts the nonlinearities passed. `mixed`: a convolution over channels was passed, since which the tags are its own.
     """
 
     tags: Any
     activations: int = 0
     mixed: bool = False
+    uniform: bool = False
     lost: str = ""
 
 
@@ -168,6 +171,10 @@ class Flow:
             for name in op.parameters:
                 self.readers.setdefault(name, []).append(op)
         self.results = [self._of_node[node] for node in resolved[output] if node in self._of_node]
+        returned = Op(len(self.ops), output, "the output", Kind.OTHER, (), ())
+        for node in resolved[output]:
+            for name in static.parameters(node) if node not in self._of_node else ():
+                self.readers.setdefault(name, []).append(returned)
         self.users: dict[Op, list[Op]] = {op: [] for op in self.ops}
         for op in self.ops:
             for source in dict.fromkeys(op.inputs):
@@ -187,6 +194,8 @@ class Flow:
         name = base_name(node) if node.op.startswith("call") else ""
         kind = KINDS.get(name, Kind.OTHER) if name else Kind.INPUT
         values = tuple(self._of_node.get(operand) for operand in operands)
+        if name in SHAPE_OF_SECOND:
+            values = (values[0], *[None] * (len(values) - 1))
         op = Op(len(self.ops), node, name, kind, _shape(value_of(node)), values)
         if kind in (Kind.PROJECTION, Kind.CONV, Kind.MATMUL):
             _attach_weight(op, operands, static)
@@ -194,14 +203,13 @@ class Flow:
 
     def _dominance(self) -> None:
         entry, leave = -1, len(self.ops)
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[int] = nx.DiGraph()
         graph.add_nodes_from(range(entry, leave + 1))
         for op in self.ops:
             graph.add_edges_from((source.index, op.index) for source in op.inputs)
             if not op.inputs:
                 graph.add_edge(entry, op.index)
         graph.add_edges_from((op.index, leave) for op in self.results)
-        self._graph = graph
         self._idom = nx.immediate_dominators(graph, entry)
         self._ipdom = nx.immediate_dominators(graph.reverse(copy=False), leave)
         self._intervals = _intervals(self._idom, entry)
@@ -294,7 +302,9 @@ class Flow:
 
     # ---- where channels go
 
-    def trace(self, start: Op, end: Op, *, tags: Tensor | None = None, carriers: Collection[Op] = (), joins: bool = False) -> dict[Op, Channels]:
+    def trace(
+        self, start: Op, end: Op, *, tags: Tensor | None = None, carriers: Collection[Op] = (), joins: bool = False
+    ) -> dict[Op, Channels]:
         """Follows the output channels of `start` through every operation up to and with `end`; maps each to what it then holds.
 
         Views are understood by running them on the tags. `carriers` are matrix products through which the second factor's
@@ -337,7 +347,7 @@ def channels_in(tags: Any) -> list[int] | None:
     """All channels of the origin that a value holds, sorted; None where it holds anything else (beside padding)."""
     if not isinstance(tags, Tensor):
         return None
-    present = [int(value) for value in _shrink(tags).unique().tolist()]
+    present = [int(value) for value in torch.unique(_shrink(tags)).tolist()]
     return [value - 1 for value in present if value] if min(present) >= 0 and max(present) > 0 else None
 
 
@@ -362,17 +372,32 @@ def product_labels(op: Op) -> tuple[str, str, str] | None:
     """A matrix product as einsum labels of its two factors and its result."""
     if op.name == "einsum":
         equation = op.node.args[0]
-        if not isinstance(equation, str) or "->" not in equation or "." in equation:
+        if not isinstance(equation, str) or "->" not in equation:
             return None
         left, result = equation.replace(" ", "").split("->")
         terms = left.split(",")
-        return (terms[0], terms[1], result) if len(terms) == 2 else None
+        if len(terms) != 2:
+            return None
+        spelled = [
+            _spelled_out(term, None if factor is None else len(factor.shape)) for term, factor in zip(terms, factors(op), strict=True)
+        ]
+        return spelled[0], spelled[1], _spelled_out(result, len(op.shape))
     rank = len(op.shape)
     ranks = [rank if factor is None else len(factor.shape) for factor in factors(op)]
     if op.name in ("mv", "addbmm") or len(ranks) < 2 or min(ranks) < 2:
         return None
     batch = "".join(chr(ord("A") + axis) for axis in range(rank - 2))
     return batch[rank - ranks[0] :] + "mk", batch[rank - ranks[1] :] + "kn", batch + "mn"
+
+
+def _spelled_out(term: str, rank: int | None) -> str:
+    """An einsum term with letters for its ellipsis, the same counted from the right.
+
+    >>> _spelled_out("...ij", 4)
+    'YZij'
+    """
+    hidden = 0 if rank is None else rank - len(term.replace("...", ""))
+    return term.replace("...", "".join(chr(ord("Z") - hidden + 1 + i) for i in range(hidden)))
 
 
 def factors(op: Op) -> tuple[Op | None, ...]:
@@ -387,9 +412,10 @@ def factors(op: Op) -> tuple[Op | None, ...]:
 
 def _transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], joins: bool) -> Channels:
     known = [states[source] for source in op.inputs if source in states]
-    activations = max((state.activations for state in known if state.tags is not None), default=0)
+    carrying = [state for state in known if state.tags is not None and not state.uniform]
+    activations = max((state.activations for state in carrying), default=0)
     mixed = any(state.mixed for state in known)
-    keep = functools.partial(Channels, activations=activations, mixed=mixed)
+    keep = functools.partial(Channels, activations=activations, mixed=mixed, uniform=not carrying)
     lost = functools.partial(Channels, None)
     if not known:
         return lost(lost="nothing of it")
@@ -419,6 +445,8 @@ def _transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], joins: bool
         return lost(lost=f"{op.name} over another axis") if tags is None else keep(tags)
     if op.kind is Kind.REDUCE:
         tags = _reduced(op, first.tags)
+        if tags is None and isinstance(value_of(op.node), Tensor):
+            return Channels(torch.zeros(1, dtype=torch.float64).expand(op.shape), uniform=True, lost=f"{op.name} over channels")
         return lost(lost=f"{op.name} over channels") if tags is None else keep(tags)
     if op.kind is Kind.CONV or (op.is_projection and op in carriers):
         if op.weight is None or varying_axes(first.tags) != [op.in_axis % first.tags.dim()]:
@@ -439,8 +467,12 @@ def _elementwise(op: Op, states: dict[Op, Channels], activations: int, mixed: bo
             others.append(source)
         elif not isinstance(state.tags, Tensor):
             return Channels(None, lost=op.name)
-        else:
+        elif not state.uniform:
             tagged.append((state.tags, state))
+    if not tagged:
+        known = [states[source] for source in op.inputs if source in states]
+        uniform = next((state for state in known if state.tags is not None), known[0])
+        return Channels(torch.zeros(1, dtype=torch.float64).expand(op.shape), uniform=not others, lost=uniform.lost)
     try:
         wide = [(tags.expand(op.shape), state) for tags, state in tagged]
     except RuntimeError:
@@ -484,19 +516,17 @@ def _moved(op: Op, states: dict[Op, Channels]) -> Any:
         return torch.zeros(1, dtype=torch.float64).expand(value.shape) if isinstance(value, Tensor) else value
 
     args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), tags_of)
-    for prepare in (lambda arguments: arguments, _contiguous):  # a view that expanded tags refuse may need a copy
+    for copied in (False, True):  # a view that expanded tags refuse may need a copy
+        if copied:
+            args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
         with contextlib.suppress(RuntimeError, TypeError, IndexError, NotImplementedError):
-            result = _call(op.node.target, *prepare((args, kwargs)))
+            result = _call(op.node.target, args, kwargs)
             return pytree.tree_map(_lazy, result) if _shape(result) == op.shape else None
     return None
 
 
 def _call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
-
-
-def _contiguous(arguments: Any) -> Any:
-    return pytree.tree_map(lambda value: value.contiguous() if isinstance(value, Tensor) else value, arguments)
 
 
 def _carried(op: Op, states: dict[Op, Channels]) -> Tensor | None:
@@ -684,9 +714,10 @@ def _view_of_parameter(node: fx.Node, out_label: int, in_label: int, static: _St
     positions = _positions(node, parameter, full) if len(sources) == 1 else None
     if positions is not None:
         return _from_positions(positions, static.name(parameter), full, shape, out_label, in_label, kernel, groups)
-    if full != shape or not _is_computed(node, parameter):
+    if full != shape:
         return None
-    return Weight(Block.whole(static.name(parameter), full), out_label, in_label, tuple(range(full[out_label])), kernel, groups, True)
+    block = Block.whole(static.name(parameter), full)
+    return Weight(block, out_label, in_label, tuple(range(full[out_label])), kernel, groups, True, _stranger(node, parameter))
 
 
 def _positions(node: fx.Node, parameter: fx.Node, full: Shape) -> list[Tensor] | None:
@@ -705,7 +736,14 @@ def _positions(node: fx.Node, parameter: fx.Node, full: Shape) -> list[Tensor] |
         for step in reversed(chain):
             if KINDS[base_name(step)] is not Kind.VIEW:
                 continue
-            op = Op(0, step, base_name(step), Kind.VIEW, _shape(value_of(step)), (origin := Op(0, step.all_input_nodes[0], "", Kind.INPUT, (), ()),))
+            op = Op(
+                0,
+                step,
+                base_name(step),
+                Kind.VIEW,
+                _shape(value_of(step)),
+                (origin := Op(0, step.all_input_nodes[0], "", Kind.INPUT, (), ()),),
+            )
             tags = _moved(op, {origin: Channels(tags)})
             if tags is None:
                 return None
@@ -713,7 +751,21 @@ def _positions(node: fx.Node, parameter: fx.Node, full: Shape) -> list[Tensor] |
     return found
 
 
-_IDENTITIES = ("contiguous", "clone", "alias", "detach", "to", "to_copy", "type", "type_as", "float", "half", "bfloat16", "double", "lift_fresh")
+_IDENTITIES = (
+    "contiguous",
+    "clone",
+    "alias",
+    "detach",
+    "to",
+    "to_copy",
+    "type",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "lift_fresh",
+)
 
 
 def _from_positions(
@@ -743,18 +795,18 @@ def _from_positions(
     return Weight(block, out_dim, in_dim, tuple(rows), kernel, groups)
 
 
-def _is_computed(node: fx.Node, parameter: fx.Node) -> bool:
-    """Whether `node` is calculated from `parameter` by operations that keep its meaning, such as standardisation."""
+def _stranger(node: fx.Node, parameter: fx.Node) -> str:
+    """The first operation between `parameter` and `node` that does more than standardise, by name."""
     seen, stack = {node}, [node]
     while stack:
         current = stack.pop()
-        if current.op.startswith("call") and KINDS.get(base_name(current)) not in _STATIC_KINDS and base_name(current) != "getitem":
-            return False
+        if current.op.startswith("call") and KINDS.get(base_name(current)) not in _STATIC_KINDS:
+            return base_name(current)
         for operand in current.all_input_nodes if current is not parameter else ():
             if operand not in seen:
                 seen.add(operand)
                 stack.append(operand)
-    return True
+    return ""
 
 
 # ---- graph helpers

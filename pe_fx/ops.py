@@ -73,6 +73,9 @@ _NAMES: dict[Kind, str] = {
     Kind.LOOKUP: "embedding embedding_bag",
 }
 
+SHAPE_OF_SECOND = ("expand_as", "view_as", "reshape_as", "type_as")
+"""Operations that take from their second operand its shape or type alone."""
+
 KINDS: dict[str, Kind] = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 
 
@@ -103,4 +106,12 @@ def is_in_place(node: fx.Node) -> bool:
 
 def is_pure_move(node: fx.Node) -> bool:
     """Whether the operation's result lies in its operand's memory, so that writing to one writes to both."""
-    return KINDS.get(base_name(node)) is Kind.VIEW and base_name(node) not in ("cat", "concat", "stack", "roll", "pad", "constant_pad_nd", "repeat")
+    return KINDS.get(base_name(node)) is Kind.VIEW and base_name(node) not in (
+        "cat",
+        "concat",
+        "stack",
+        "roll",
+        "pad",
+        "constant_pad_nd",
+        "repeat",
+    )

@@ -1,16 +1,19 @@
-"""Plan to module tree: the same model, its tied weights views of their sources."""
+"""Plan to module tree, and plan to graph: tied weights become views of their sources."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from pe_fx.entry import PadShortcut, Widen, strided_shortcut, widened_class
+from pe_fx.derived import derive
+from pe_fx.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.errors import PeFxError
-from pe_fx.tied import Layout, TiedWeight, View, tie_weight
-from pe_fx.ties import Block, Entry, Plan, Ranges, Tie, length, to_ranges
+from pe_fx.tied import Layout, Piece, TiedWeight, View, tie_weight
+from pe_fx.ties import Block, Entry, Plan, Ranges, Tie, length, overlap, positions, to_ranges
 
 INITS = ("keep", "mean", "reset")
 
@@ -22,26 +25,52 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
     """
     check_fits(model, plan)
     targets = _by_target(plan.ties)
-    layouts = {name: _layout(name, ties, targets) for name, ties in targets.items()}
+    kept = {name: _kept(ties) for name, ties in targets.items()}
+    layouts = {name: _layout(ties, targets, kept) for name, ties in targets.items()}
+    owners = {name: _owner(model, name) for tie in plan.ties for name in (tie.target, tie.source)}
     values = _initial_values(model, plan, init)
     with torch.no_grad():
         for name, value in values.items():
             model.get_parameter(name).copy_(value)
     for entry in plan.entries:
         _treat_entry(model, entry)
-    owners = {name: _owner(model, name) for tie in plan.ties for name in (tie.target, tie.source)}
     for name, ties in targets.items():
         module, attribute = owners[name]
         dense = module._parameters[attribute]
         assert dense is not None
-        kept = _kept(ties)
-        axis = layouts[name].axis
         rest = None
-        if kept:
-            index = torch.tensor([i for start, stop in kept for i in range(start, stop)], device=dense.device)
-            rest = nn.Parameter(dense.detach().index_select(axis, index), requires_grad=dense.requires_grad)
+        if kept[name]:
+            index = torch.tensor(positions(kept[name]), device=dense.device)
+            rest = nn.Parameter(dense.detach().index_select(layouts[name].axis, index), requires_grad=dense.requires_grad)
         text = "; ".join(f"{tie.of}{'ᵀ' if tie.transposed else ''}" for tie in ties)
         tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text), rest)
+
+
+def rewrite_graph(gm: fx.GraphModule, plan: Plan) -> None:
+    """Ties, in place, a graph whose weights are placeholders: every read of a tied weight becomes an expression of its source.
+
+    The placeholders stay, so that the caller's arguments still fit; a weight that is tied away as a whole is not read any more.
+    Raises `PeFxError` where the plan names weights that the graph does not have.
+    """
+    placeholders = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    missing = [name for name in plan.shapes if name not in placeholders]
+    if missing:
+        raise PeFxError(f"the plan does not fit this graph: it has no placeholders {', '.join(missing[:5])}")
+    if plan.entries:
+        raise PeFxError("entry='slice' and 'expand' change modules; a graph whose weights are placeholders has none: use entry='keep'")
+    targets = _by_target(plan.ties)
+    tracer = fx.proxy.GraphAppendingTracer(gm.graph)
+    first_call = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    for name, ties in targets.items():
+        readers = list(placeholders[name].users)
+        with gm.graph.inserting_before(first_call):
+            own: Any = fx.Proxy(placeholders[name], tracer)
+            sources: Any = [fx.Proxy(placeholders[tie.source], tracer) for tie in ties]
+            dense: Any = _layout(ties, targets, {}).assemble(own, sources)
+        for reader in readers:
+            reader.replace_input_with(placeholders[name], dense.node)
+    gm.graph.lint()
+    gm.recompile()
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
@@ -60,18 +89,6 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def stored_ranges(block: Block, kept: Ranges | None, axis: int) -> tuple[Ranges, ...]:
-    """A block of the dense weight in the coordinates of what is stored, where only `kept` of `axis` is."""
-    if kept is None:
-        return block.ranges
-    place = {position: i for i, position in enumerate(p for start, stop in kept for p in range(start, stop))}
-    try:
-        moved = to_ranges(place[p] for start, stop in block.ranges[axis] for p in range(start, stop))
-    except KeyError as error:
-        raise PeFxError(f"{block} is to be the source of a tie, but is itself tied away") from error
-    return (*block.ranges[:axis], moved, *block.ranges[axis + 1 :])
-
-
 def _by_target(ties: Iterable[Tie]) -> dict[str, list[Tie]]:
     grouped: dict[str, list[Tie]] = {}
     for tie in ties:
@@ -84,7 +101,12 @@ def _by_target(ties: Iterable[Tie]) -> dict[str, list[Tie]]:
 
 def _axis(ties: list[Tie]) -> int:
     """The dimension along which the ties divide their target."""
-    axes = {dim for tie in ties for dim, (ranges, size) in enumerate(zip(tie.into.ranges, tie.into.full_shape, strict=True)) if length(ranges) != size}
+    axes = {
+        dim
+        for tie in ties
+        for dim, (ranges, size) in enumerate(zip(tie.into.ranges, tie.into.full_shape, strict=True))
+        if length(ranges) != size
+    }
     if len(axes) > 1:
         raise PeFxError(f"{ties[0].target} would be tied along several dimensions: {', '.join(map(str, ties))}")
     return axes.pop() if axes else 0
@@ -93,27 +115,54 @@ def _axis(ties: list[Tie]) -> int:
 def _kept(ties: list[Tie]) -> Ranges:
     """The positions that no tie takes."""
     axis = _axis(ties)
-    taken = {p for tie in ties for start, stop in tie.into.ranges[axis] for p in range(start, stop)}
-    return to_ranges(set(range(ties[0].into.full_shape[axis])) - taken)
+    return to_ranges(set(range(ties[0].into.full_shape[axis])).difference(positions(_taken(ties))))
 
 
-def _layout(name: str, ties: list[Tie], targets: dict[str, list[Tie]]) -> Layout:
+def _layout(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Ranges]) -> Layout:
+    """The layout of a tied weight, where of each tied weight only the positions `kept` are stored (all, where not given)."""
     axis = _axis(ties)
     views = []
     for tie in ties:
-        source_ties = targets.get(tie.source)
-        kept = _kept(source_ties) if source_ties else None
-        ranges = stored_ranges(tie.of, kept, _axis(source_ties) if source_ties else 0)
-        views.append(View(ranges, tie.transposed, tie.axes, tie.into.shape))
+        ranges = list(tie.of.ranges)
+        sizes = list(tie.of.full_shape)
+        if tie.source in targets:
+            divided = _axis(targets[tie.source])
+            if overlap(ranges[divided], _taken(targets[tie.source])):
+                raise PeFxError(f"{tie}: the source is tied away itself")
+            if tie.source in kept:
+                ranges[divided] = _renumbered(ranges[divided], kept[tie.source])
+                sizes[divided] = length(kept[tie.source])
+        views.append(
+            View(
+                tuple(None if own == ((0, size),) else own for own, size in zip(ranges, sizes, strict=True)),
+                tie.axes if tie.transposed else None,
+                tie.into.shape if len(tie.into.shape) != len(tie.of.shape) else None,
+            )
+        )
+    name = ties[0].target
     spans = [(start, stop, index) for index, tie in enumerate(ties) for start, stop in tie.into.ranges[axis]]
     spans += [(start, stop, -1) for start, stop in _kept(ties)]
-    offsets = dict.fromkeys(range(-1, len(ties)), 0)
+    counts = Counter(index for *_, index in spans)
+    seen: Counter[int] = Counter()
     pieces = []
     for start, stop, index in sorted(spans):
         size = stop - start
-        pieces.append((index, offsets[index], offsets[index] + size))
-        offsets[index] += size
+        begin = start if index < 0 and name not in kept else seen[index]
+        whole = counts[index] == 1 and (index >= 0 or name in kept)
+        pieces.append(Piece(index) if whole else Piece(index, begin, begin + size))
+        seen[index] += size
     return Layout(axis, tuple(pieces), tuple(views))
+
+
+def _taken(ties: list[Tie]) -> Ranges:
+    axis = _axis(ties)
+    return to_ranges(position for tie in ties for position in positions(tie.into.ranges[axis]))
+
+
+def _renumbered(ranges: Ranges, kept: Ranges) -> Ranges:
+    """Dense positions as positions among those kept."""
+    place = {position: i for i, position in enumerate(positions(kept))}
+    return to_ranges(place[position] for position in positions(ranges))
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -130,7 +179,9 @@ def _initial_values(model: nn.Module, plan: Plan, init: str) -> dict[str, Tensor
         for module in dict.fromkeys(_owner(model, name)[0] for name in sources):
             reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
             if reset is None:
-                raise PeFxError(f"init='reset': {type(module).__name__} has no reset_parameters(); use 'keep' and initialise the model yourself")
+                raise PeFxError(
+                    f"init='reset': {type(module).__name__} has no reset_parameters(); use 'keep' and initialise the model yourself"
+                )
             reset()
         return {}
     totals = {name: model.get_parameter(name).detach().clone() for name in sources}
@@ -156,8 +207,7 @@ def add_part(dense: Tensor, block: Block, value: Tensor) -> None:
 
 
 def _index(block: Block, device: torch.device) -> tuple[Tensor, ...]:
-    positions = [torch.tensor([p for start, stop in ranges for p in range(start, stop)], device=device) for ranges in block.ranges]
-    return tuple(torch.meshgrid(*positions, indexing="ij"))
+    return torch.meshgrid(*(torch.tensor(positions(ranges), device=device) for ranges in block.ranges), indexing="ij")
 
 
 def _treat_entry(model: nn.Module, entry: Entry) -> None:
@@ -170,7 +220,7 @@ def _treat_entry(model: nn.Module, entry: Entry) -> None:
         modules |= {name: strided_shortcut(entry.out, entry.stride) for name in entry.convs}
         block = model.get_submodule(entry.block)
         block.widen = Widen(entry.width, entry.out).to(like).train(block.training)
-        block.__class__ = widened_class(type(block))
+        block.__class__ = derive(type(block), Widened)  # type: ignore[assignment]
         conv1 = model.get_submodule(entry.conv1)
         conv1.in_channels = entry.out  # type: ignore[assignment]
     for name, module in modules.items():

@@ -6,57 +6,68 @@ registered, so that every weight has exactly one name.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pe_fx.derived import Derived, derive
 from pe_fx.ties import Ranges, Shape
 
 
 @dataclass(frozen=True)
 class View:
-    """A part of a stored tensor, its dimensions `axes` swapped where `transposed`, in the given shape."""
+    """A part of a stored tensor: `ranges` of each dimension (None: all of it), then dimensions `swap` exchanged, then `reshape`d.
 
-    ranges: tuple[Ranges, ...]
-    transposed: bool
-    axes: tuple[int, int]
-    shape: Shape
+    Written with methods alone, so that it runs on tensors and on torch.fx proxies.
+    """
+
+    ranges: tuple[Ranges | None, ...]
+    swap: tuple[int, int] | None = None
+    reshape: Shape | None = None
 
     def __call__(self, stored: Tensor) -> Tensor:
         part = stored
         for dim, ranges in enumerate(self.ranges):
-            if ranges != ((0, stored.shape[dim]),):
-                part = _take(part, dim, ranges)
-        if self.transposed:
-            part = part.transpose(*self.axes)
-        return part if len(self.shape) == part.dim() else part.reshape(self.shape)
+            if ranges is not None:
+                part = _joined([part.narrow(dim, start, stop - start) for start, stop in ranges], dim)
+        if self.swap is not None:
+            part = part.transpose(*self.swap)
+        return part if self.reshape is None else part.reshape(self.reshape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions start to stop of a part (None: all of it); part -1 is what the module itself stores."""
+
+    part: int
+    start: int = 0
+    stop: int | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dense weight is put together along `axis`: (part, start, stop), part -1 being what the module itself stores.
+    """How a dense weight is put together along `axis`.
 
-    >>> view = View((((0, 2),), ((0, 3),)), True, (0, 1), (3, 2))
-    >>> Layout(0, ((0, 0, 3),), (view,)).assemble(None, [torch.ones(2, 3)]).shape
+    >>> layout = Layout(0, (Piece(0),), (View((((0, 2),), None), swap=(0, 1)),))
+    >>> layout.assemble(None, [torch.ones(4, 3)]).shape
     torch.Size([3, 2])
     """
 
     axis: int
-    pieces: tuple[tuple[int, int, int], ...]
+    pieces: tuple[Piece, ...]
     views: tuple[View, ...]
 
     def assemble(self, own: Tensor | None, sources: Sequence[Tensor]) -> Tensor:
         parts = [view(source) for view, source in zip(self.views, sources, strict=True)]
         pieces = []
-        for index, start, stop in self.pieces:
-            part = own if index < 0 else parts[index]
+        for piece in self.pieces:
+            part = own if piece.part < 0 else parts[piece.part]
             assert part is not None
-            pieces.append(part if start == 0 and stop == part.shape[self.axis] else part.narrow(self.axis, start, stop - start))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.axis)
+            pieces.append(part if piece.stop is None else part.narrow(self.axis, piece.start, piece.stop - piece.start))
+        return _joined(pieces, self.axis)
 
 
 @dataclass
@@ -79,31 +90,19 @@ def stored(module: nn.Module, name: str) -> Tensor:
     return parameter
 
 
-class Tied:
-    """What tied modules have in common; `tied_weights` says which of their weights are views, and of what."""
+class Tied(Derived):
+    """A module with weights that are views; `tied_weights` says which, and of what."""
 
     tied_weights: dict[str, TiedWeight]
-    dense_class: type[nn.Module]
+
+    @classmethod
+    def attributes(cls, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: _property(name) for name in names}
 
     def extra_repr(self) -> str:
         ties = ", ".join(f"{name} ← {weight.text}" for name, weight in self.tied_weights.items())
         own = super().extra_repr()  # type: ignore[misc]
         return f"{own}, {ties}" if own else ties
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.dense_class, tuple(sorted(self.tied_weights))), self.__getstate__()  # type: ignore[attr-defined]
-
-
-@functools.cache
-def tied_class(dense_class: type[nn.Module], names: frozenset[str]) -> type[nn.Module]:
-    """The subclass of `dense_class` in which `names` are views.
-
-    >>> tied_class(nn.Linear, frozenset({"weight"}))
-    <class 'torch.nn.modules.linear.TiedLinear'>
-    """
-    body: dict[str, Any] = {name: _property(name) for name in names}
-    body |= {"__module__": dense_class.__module__, "dense_class": dense_class, "__doc__": f"{dense_class.__name__} with tied {', '.join(sorted(names))}."}
-    return type(f"Tied{dense_class.__name__}", (Tied, dense_class), body)
 
 
 def _property(name: str) -> property:
@@ -112,11 +111,6 @@ def _property(name: str) -> property:
         return weight
 
     return property(dense, doc=f"The dense {name}, computed from what it is tied to.")
-
-
-def _rebuild(dense_class: type[nn.Module], names: Iterable[str]) -> nn.Module:
-    cls = tied_class(dense_class, frozenset(names))
-    return cls.__new__(cls)
 
 
 def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parameter | None) -> None:
@@ -129,14 +123,14 @@ def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parame
     tied_weights = {**getattr(module, "tied_weights", {}), name: weight}
     dense_class = module.dense_class if isinstance(module, Tied) else type(module)
     module.__dict__["tied_weights"] = tied_weights
-    module.__class__ = tied_class(dense_class, frozenset(tied_weights))
+    module.__class__ = derive(dense_class, Tied, tied_weights)  # type: ignore[assignment]
 
 
 def untie_weights(module: nn.Module, dense: dict[str, Tensor]) -> None:
     """Gives a tied module ordinary parameters with these values, and its own class."""
     assert isinstance(module, Tied)
     weights: dict[str, TiedWeight] = module.__dict__.pop("tied_weights")
-    module.__class__ = module.dense_class
+    module.__class__ = module.dense_class  # type: ignore[assignment]
     for name, weight in weights.items():
         trained = weight.sources[0][0]._parameters[weight.sources[0][1]]
         module._parameters[name] = nn.Parameter(dense[name].contiguous(), requires_grad=trained is None or trained.requires_grad)
@@ -144,6 +138,5 @@ def untie_weights(module: nn.Module, dense: dict[str, Tensor]) -> None:
         module._parameters[name] = module._parameters.pop(name)
 
 
-def _take(tensor: Tensor, dim: int, ranges: Ranges) -> Tensor:
-    parts = [tensor.narrow(dim, start, stop - start) for start, stop in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

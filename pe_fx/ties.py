@@ -34,6 +34,14 @@ def to_ranges(positions: Iterable[int]) -> Ranges:
     return tuple(ranges)
 
 
+def positions(ranges: Ranges) -> list[int]:
+    """
+    >>> positions(((0, 2), (4, 5)))
+    [0, 1, 4]
+    """
+    return [position for start, stop in ranges for position in range(start, stop)]
+
+
 def length(ranges: Ranges) -> int:
     return sum(stop - start for start, stop in ranges)
 
@@ -201,9 +209,9 @@ class Plan:
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
     >>> plan = pe_fx.plan(model)
     >>> print(plan)
-    site  kind  weights             shapes                 ties                     saved
-    ----  ----  ------------------  ---------------------  -----------------------  ------
-    .     mlp   0.weight, 2.weight  (256, 64), (64, 256)   2.weight ← 0.weightᵀ     16,384
+    site  kind  weights             shapes                ties                  saved
+    ----  ----  ------------------  --------------------  --------------------  ------
+    .     mlp   0.weight, 2.weight  (256, 64), (64, 256)  2.weight ← 0.weightᵀ  16,384
     <BLANKLINE>
     1 site; 33,088 → 16,704 parameters (50.5 %)
     >>> Plan.from_json(plan.to_json()) == plan
@@ -239,7 +247,9 @@ class Plan:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise PeFxError(f"this is not a plan written by Plan.to_json(): {error!r}") from error
         if version != SCHEMA_VERSION:
-            raise PeFxError(f"this plan has schema version {version!r}; this pe_fx reads version {SCHEMA_VERSION}: make the plan anew with pe_fx.plan()")
+            raise PeFxError(
+                f"this plan has schema version {version!r}; this pe_fx reads version {SCHEMA_VERSION}: make the plan anew with pe_fx.plan()"
+            )
         try:
             return cls(
                 sites=tuple(map(_site, body["sites"])),

@@ -100,9 +100,12 @@ def _run(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) 
         torch.manual_seed(0)
         outputs = [value for value in tensors_in(model(*args, **kwargs)) if value.is_floating_point()]
         torch.manual_seed(1)
-        loss = sum(((value.float() * torch.randn(value.shape, device=value.device)).sum() for value in outputs if value.requires_grad), torch.zeros(()))
+        loss = sum(
+            ((value.float() * torch.randn(value.shape, device=value.device)).sum() for value in outputs if value.requires_grad),
+            torch.zeros(()),
+        )
         if loss.requires_grad:
-            loss.backward()
+            torch.autograd.backward(loss)
     return [value.detach() for value in outputs], {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -112,28 +115,20 @@ def _mapped_gradients(tied: nn.Module, dense: dict[str, Tensor | None]) -> dict[
     Where each entry comes from is found by sending entry numbers, not values, through the ties.
     """
     numbers: dict[int, Tensor] = {}
-    mapped: dict[str, Tensor | None] = {}
-    kept = {name: parameter for name, parameter in tied.named_parameters()}
-    offset = 0
-    offsets: dict[int, int] = {}
-    total = sum(parameter.numel() for parameter in kept.values())
-    flat = torch.zeros(total, dtype=torch.float64)
-    seen: set[str] = set()
-    for name, parameter in kept.items():
-        numbers[id(parameter)] = torch.arange(offset, offset + parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
-        offsets[id(parameter)] = offset
-        offset += parameter.numel()
-    for name, weight_numbers in _dense_numbers(tied, numbers):
+    count = 0
+    for parameter in tied.parameters():
+        numbers[id(parameter)] = torch.arange(count, count + parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
+        count += parameter.numel()
+    totals = torch.zeros(count, dtype=torch.float64)
+    reached = torch.zeros(count, dtype=torch.bool)
+    for name, places in _dense_numbers(tied, numbers):
         gradient = dense.get(name)
         if gradient is not None:
-            seen.add(name)
-            flat.index_add_(0, weight_numbers.reshape(-1).long(), gradient.detach().double().cpu().reshape(-1))
-    touched = {name for name, _ in _dense_numbers(tied, numbers) if name in seen}
-    for name, parameter in kept.items():
-        start = offsets[id(parameter)]
-        value = flat[start : start + parameter.numel()].reshape(parameter.shape)
-        mapped[name] = value if touched and (dense.get(name) is not None or bool(value.any())) else None
-    return mapped
+            entries = places.reshape(-1).long()
+            totals.index_add_(0, entries, gradient.detach().double().cpu().reshape(-1))
+            reached[entries] = True
+    places_of = {name: numbers[id(parameter)].long() for name, parameter in tied.named_parameters()}
+    return {name: totals[places] if bool(reached[places].any()) else None for name, places in places_of.items()}
 
 
 def _dense_numbers(tied: nn.Module, numbers: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:

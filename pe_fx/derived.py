@@ -1,0 +1,54 @@
+"""Subclasses made at run time, for single modules, that pickle and deepcopy as any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+Steps = tuple[tuple[type, tuple[str, ...]], ...]
+
+_classes: dict[tuple[type, Steps], type] = {}
+
+
+class Derived:
+    """Mixed into a module's own class by `derive`. `dense_class` is the class before, `derivation` how to make this one."""
+
+    dense_class: type
+    derivation: tuple[type, Steps]
+
+    @classmethod
+    def attributes(cls, names: tuple[str, ...]) -> dict[str, Any]:
+        """What the subclass gets for `names`."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, self.derivation, self.__getstate__()  # type: ignore[attr-defined]
+
+
+def derive(cls: type, mixin: type[Derived], names: Iterable[str] = ()) -> type:
+    """The subclass of `cls` with `mixin` before it. It counts as part of the module of `cls`: torch.fx takes it for a leaf alike.
+
+    >>> class Loud(Derived): pass
+    >>> derive(nn.Linear, Loud)
+    <class 'torch.nn.modules.linear.LoudLinear'>
+    """
+    base, steps = getattr(cls, "derivation", (cls, ()))
+    return _derived(base, (*steps, (mixin, tuple(sorted(names)))))
+
+
+def _derived(base: type, steps: Steps) -> type:
+    if not steps:
+        return base
+    if (base, steps) not in _classes:
+        mixin, names = steps[-1]
+        before = _derived(base, steps[:-1])
+        body = {"__module__": base.__module__, "__doc__": mixin.__doc__, "dense_class": before, "derivation": (base, steps)}
+        _classes[base, steps] = type(f"{mixin.__name__}{before.__name__}", (mixin, before), body | mixin.attributes(names))  # type: ignore[attr-defined]
+    return _classes[base, steps]
+
+
+def _rebuild(base: type, steps: Steps) -> nn.Module:
+    module: nn.Module = object.__new__(_derived(base, steps))
+    return module

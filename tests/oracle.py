@@ -1,0 +1,206 @@
+"""An independent oracle: the dense twin of a tied model by plain index arithmetic on the plan's ties, and short helpers for tests."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pe_fx
+from pe_fx import Plan
+from pe_fx.ties import Block, Miss, Tie
+
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+class Net(nn.Module):
+    """A model written inline: its members (modules, weights) by name, and its forward as a function of itself and the inputs."""
+
+    def __init__(self, forward: Callable[..., Any], **members: nn.Module | Tensor) -> None:
+        super().__init__()
+        self.body = forward
+        for name, member in members.items():
+            bare = isinstance(member, Tensor) and not isinstance(member, nn.Parameter)
+            setattr(self, name, nn.Parameter(member) if bare else member)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.body(self, *args, **kwargs)
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) / shape[-1] ** 0.5)
+
+
+def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def ties(plan: Plan) -> list[str]:
+    return [str(tie) for tie in plan.ties]
+
+
+def assert_hit(model: nn.Module, inputs: Inputs, *expected: str, kind: str, **options: Any) -> nn.Module:
+    """The plan holds exactly these ties, all of `kind`, and the tied model computes what its dense twin does. Returns it."""
+    made = pe_fx.plan(model, inputs, **options)
+    assert sorted(ties(made)) == sorted(expected), f"{made}\n{made.explain()}"
+    assert {site.kind for site in made.sites} == {kind}
+    tied = pe_fx.apply(model, made)
+    assert_equals_twin(model, tied, made, inputs)
+    return tied
+
+
+def assert_miss(model: nn.Module, inputs: Inputs, reason: str, *, kind: str = "mlp", weights: Sequence[str] = (), **options: Any) -> Miss:
+    """Nothing is tied, and a miss of `kind` gives a reason that matches, naming the weights. Returns it."""
+    made = pe_fx.plan(model, inputs, **options)
+    assert not made.sites, str(made)
+    found = [miss for miss in made.misses if miss.kind == kind and re.search(reason, miss.reason)]
+    assert found, f"no {kind} miss matches {reason!r}:\n{made.explain()}"
+    for name in weights:
+        assert name in found[0].weights
+        assert name in found[0].reason
+    return found[0]
+
+
+def assert_idempotent(model: nn.Module, inputs: Inputs, **options: Any) -> nn.Module:
+    """Transforming twice changes nothing more and does not warn (pytest makes NoSitesWarning an error)."""
+    once = pe_fx.transform(model, inputs, **options)
+    twice = pe_fx.transform(once, inputs, **options)
+    before, after = once.state_dict(), twice.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [type(module) for module in once.modules()] == [type(module) for module in twice.modules()]
+    assert not pe_fx.plan(once, inputs, **options).sites
+    return once
+
+
+def assert_equals_twin(dense: nn.Module, tied: nn.Module, plan: Plan, inputs: Inputs, tolerance: float = 1e-4) -> None:
+    """Outputs, buffers and gradients of `tied` are those of the dense model with every target block set to its source block."""
+    twin = dense_twin(dense, plan)
+    kept = {name: _untied(twin.get_parameter(name), plan, name) for name, _ in dense.named_parameters()}
+    kept = {name: mask for name, mask in kept.items() if bool(mask.any())}
+    stored = dict(tied.named_parameters())
+    assert set(stored) == set(kept), f"parameters differ: {sorted(set(stored) ^ set(kept))}"
+    for name, mask in kept.items():
+        assert stored[name].numel() == int(mask.sum()), f"{name} stores {tuple(stored[name].shape)} for {int(mask.sum())} untied entries"
+    for training in (True, False):
+        mode = "train" if training else "eval"
+        got, expected = _run(copy.deepcopy(tied).train(training), inputs), _run(copy.deepcopy(twin).train(training), inputs)
+        _compare(got.outputs, expected.outputs, f"{mode} output", tolerance)
+        _compare(got.buffers, expected.buffers, f"{mode} buffer", tolerance)
+        _compare(got.input_gradients, expected.input_gradients, f"{mode} gradient of input", tolerance)
+        mapped = {name: _mapped(name, expected.gradients, plan, mask, stored[name].shape) for name, mask in kept.items()}
+        _compare(got.gradients, mapped, f"{mode} gradient of", tolerance)
+
+
+def dense_twin(dense: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the dense model in which every target block holds the values of its source block."""
+    twin = copy.deepcopy(dense)
+    with torch.no_grad():
+        for tie in plan.ties:
+            target, source = twin.get_parameter(tie.target), twin.get_parameter(tie.source)
+            target_index, source_index = positions(tie)
+            flat = target.detach().reshape(-1).clone()
+            flat[target_index] = source.detach().reshape(-1)[source_index]
+            target.copy_(flat.reshape(target.shape))
+    return twin
+
+
+def positions(tie: Tie) -> tuple[Tensor, Tensor]:
+    """For each entry of the target block its position in the flattened target, and that of its value in the flattened source."""
+    target = _flat_positions(tie.into)
+    source = _flat_positions(tie.of)
+    if tie.transposed:
+        first, second = tie.axes
+        order = list(range(source.dim()))
+        order[first], order[second] = second, first
+        source = source.permute(order)
+    assert target.numel() == source.numel()
+    return target.reshape(-1), source.reshape(-1)
+
+
+def _flat_positions(block: Block) -> Tensor:
+    result = torch.zeros((), dtype=torch.long)
+    for ranges, size in zip(block.ranges, block.full_shape, strict=True):
+        here = torch.tensor([position for start, stop in ranges for position in range(start, stop)])
+        result = result.unsqueeze(-1) * size + here
+    return result
+
+
+def _untied(parameter: Tensor, plan: Plan, name: str) -> Tensor:
+    """Flat mask of the entries that no tie takes."""
+    mask = torch.ones(parameter.numel(), dtype=torch.bool)
+    for tie in plan.ties:
+        if tie.target == name:
+            mask[positions(tie)[0]] = False
+    return mask
+
+
+def _mapped(name: str, gradients: dict[str, Tensor | None], plan: Plan, kept: Tensor, shape: torch.Size) -> Tensor | None:
+    """The gradient that a stored parameter must have: its own, and those of all entries that are views of it."""
+    into = [tie for tie in plan.ties if tie.source == name and gradients[tie.target] is not None]
+    own = gradients[name]
+    if own is None and not into:
+        return None
+    total = torch.zeros(kept.numel()) if own is None else own.reshape(-1).clone()
+    for tie in into:
+        target_index, source_index = positions(tie)
+        gradient = gradients[tie.target]
+        assert gradient is not None
+        total.index_put_((source_index,), gradient.reshape(-1)[target_index], accumulate=True)
+    return total[kept].reshape(shape)
+
+
+class _Result:
+    outputs: dict[str, Tensor | None]
+    buffers: dict[str, Tensor | None]
+    gradients: dict[str, Tensor | None]
+    input_gradients: dict[str, Tensor | None]
+
+
+def _run(model: nn.Module, inputs: Inputs) -> _Result:
+    """Outputs, and the gradients of a fixed random projection of them."""
+    named = inputs if isinstance(inputs, dict) else dict(enumerate(inputs if isinstance(inputs, tuple) else (inputs,)))
+    leaves = {
+        key: value.detach().clone().requires_grad_()
+        for key, value in named.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    passed = {key: leaves[key].clone() if key in leaves else value for key, value in named.items()}
+    torch.manual_seed(0)
+    outputs = _tensors(model(**passed) if isinstance(inputs, dict) else model(*passed.values()))
+    generator = torch.Generator().manual_seed(1)
+    projected = [(output * torch.randn(output.shape, generator=generator)).sum() for output in outputs if output.requires_grad]
+    if projected:
+        torch.stack(projected).sum().backward()
+    result = _Result()
+    result.outputs = {str(i): output.detach() for i, output in enumerate(outputs)}
+    result.buffers = dict(model.named_buffers())
+    result.gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    result.input_gradients = {str(key): leaf.grad for key, leaf in leaves.items()}
+    return result
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _compare(got: dict[str, Tensor | None], expected: dict[str, Tensor | None], what: str, tolerance: float) -> None:
+    assert set(got) == set(expected), f"{what}s: {sorted(set(got) ^ set(expected))} in one only"
+    norms = {name: float(value.double().norm()) for name, value in expected.items() if value is not None}
+    floor = 1e-3 * max(norms.values(), default=0.0) + 1e-12
+    for name, value in expected.items():
+        mine = got[name]
+        assert (mine is None) == (value is None), f"{what} {name}: {'none' if mine is None else 'one'} in the tied model only"
+        if mine is None or value is None:
+            continue
+        assert mine.shape == value.shape, f"{what} {name}: {tuple(mine.shape)}, the twin's is {tuple(value.shape)}"
+        error = float((mine.double() - value.double()).norm()) / max(norms[name], floor)
+        assert error < tolerance, f"{what} {name}: relative error {error:.1e}"

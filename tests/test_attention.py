@@ -1,0 +1,557 @@
+"""Keys and values share one matrix, queries and output projection the other."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Net, assert_equals_twin, assert_hit, assert_idempotent, assert_miss, linear, ties, weight
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import pe_fx
+
+hit = partial(assert_hit, kind="attention")
+miss = partial(assert_miss, kind="attention")
+
+D, HEADS, HEAD = 8, 2, 4
+X = torch.randn(2, 5, D)
+MEMORY = torch.randn(2, 7, D)
+
+FUSED = ("qkv.weight[16:24] ← qkv.weight[8:16]ᵀ", "proj.weight ← qkv.weight[0:8]ᵀ")
+SEPARATE = ("v.weight ← k.weightᵀ", "out.weight ← q.weightᵀ")
+
+
+def heads(x: Tensor, count: int = HEADS) -> Tensor:
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def joined(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q * HEAD**-0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def by_bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (value.flatten(0, 1) for value in (q, k, v))
+    mixed = torch.bmm(F.softmax(torch.bmm(q, k.transpose(1, 2)) / HEAD**0.5, dim=-1), v)
+    return mixed.unflatten(0, (-1, HEADS))
+
+
+def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhqk,bhkd->bhqd", torch.einsum("bhqd,bhkd->bhqk", q, k).mul(HEAD**-0.5).softmax(-1), v)
+
+
+def transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys times queries, normalised over the keys' axis."""
+    scores = (k @ q.transpose(-2, -1)).softmax(-2)
+    return scores.transpose(-2, -1) @ v
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    causal = torch.full((q.shape[-2], k.shape[-2]), float("-inf")).triu(1)
+    return (q @ k.transpose(-2, -1) / HEAD**0.5 + causal).softmax(-1) @ v
+
+
+def filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+    return F.dropout((q @ k.mT).masked_fill(causal, -1e4).softmax(-1), 0.5) @ v
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+CORES = [sdpa, by_hand, by_bmm, by_einsum, transposed, masked, filled, causal]
+
+
+def fused(core=sdpa, **members) -> Net:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).unflatten(-1, (3, HEADS, HEAD)).permute(2, 0, 3, 1, 4).unbind(0)
+        return m.proj(joined(core(q, k, v)))
+
+    return Net(forward, **{"qkv": linear(D, 3 * D), "proj": linear(D, D), **members})
+
+
+def separate(core=sdpa, **members) -> Net:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.out(joined(core(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)))))
+
+    return Net(forward, **{"q": linear(D, D), "k": linear(D, D), "v": linear(D, D), "out": linear(D, D), **members})
+
+
+# ---- hits: how softmax(q kᵀ) v is written
+
+
+@pytest.mark.parametrize("core", CORES, ids=lambda core: core.__name__)
+def test_separate(core) -> None:
+    hit(separate(core), X, *SEPARATE)
+
+
+@pytest.mark.parametrize("core", [sdpa, by_hand, by_bmm, by_einsum], ids=lambda core: core.__name__)
+def test_fused_qkv(core) -> None:
+    hit(fused(core), X, *FUSED)
+
+
+def test_relative_position_bias() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = heads(m.q(x)), heads(m.k(x)), heads(m.v(x))
+        return m.out(joined((q @ k.mT + m.table[m.index]).softmax(-1) @ v))
+
+    net = Net(forward, q=linear(D, D), k=linear(D, D), v=linear(D, D), out=linear(D, D), table=torch.randn(9))
+    net.register_buffer("index", torch.arange(5)[:, None] - torch.arange(5) + 4)
+    hit(net, X, *SEPARATE)
+
+
+def test_mask_as_input() -> None:
+    def forward(m: Net, x: Tensor, mask: Tensor) -> Tensor:
+        return m.out(joined(F.scaled_dot_product_attention(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)), attn_mask=mask)))
+
+    net = Net(forward, q=linear(D, D), k=linear(D, D), v=linear(D, D), out=linear(D, D))
+    hit(net, {"x": X, "mask": torch.ones(5, 5, dtype=torch.bool).tril()}, *SEPARATE)
+
+
+def test_one_head_without_reshape() -> None:
+    net = Net(
+        lambda m, x: m.out(by_hand(m.q(x), m.k(x), m.v(x))),
+        q=linear(D, D),
+        k=linear(D, D),
+        v=linear(D, D),
+        out=linear(D, D),
+    )
+    hit(net, X, *SEPARATE)
+
+
+def test_norm_on_queries_and_keys() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = m.norm_q(heads(m.q(x))), m.norm_k(heads(m.k(x))), heads(m.v(x))
+        return m.out(joined(sdpa(q, k, v)))
+
+    members = {"norm_q": nn.LayerNorm(HEAD), "norm_k": nn.RMSNorm(HEAD)}
+    hit(Net(forward, q=linear(D, D), k=linear(D, D), v=linear(D, D), out=linear(D, D), **members), X, *SEPARATE)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+def rotate_pairs(x: Tensor) -> Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+@pytest.mark.parametrize("rotate", [rotate_half, rotate_pairs], ids=["halves", "pairs"])
+def test_rotary_embedding(rotate) -> None:
+    def rotary(x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[-2])[:, None] / 10.0 ** torch.arange(HEAD)
+        return x * angles.cos() + rotate(x) * angles.sin()
+
+    hit(separate(lambda q, k, v: sdpa(rotary(q), rotary(k), v)), X, *SEPARATE)
+
+
+def test_rotary_embedding_on_part_of_each_head() -> None:
+    def rotary(x: Tensor) -> Tensor:
+        turned, passed = x[..., :2], x[..., 2:]
+        angle = torch.arange(x.shape[-2])[:, None] * torch.ones(2)
+        return torch.cat((turned * angle.cos() + rotate_half(turned) * angle.sin(), passed), -1)
+
+    hit(fused(lambda q, k, v: sdpa(rotary(q), rotary(k), v)), X, *FUSED)
+
+
+def test_norm_and_gate_before_the_output() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.out(m.norm(F.dropout(joined(sdpa(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)))), 0.1)))
+
+    net = Net(forward, q=linear(D, D), k=linear(D, D), v=linear(D, D), out=linear(D, D), norm=nn.LayerNorm(D))
+    hit(net, X, *SEPARATE)
+
+
+# ---- hits: where q, k and v come from
+
+
+def test_fused_chunked() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).chunk(3, -1)
+        return m.proj(joined(sdpa(heads(q), heads(k), heads(v))))
+
+    hit(Net(forward, qkv=linear(D, 3 * D), proj=linear(D, D)), X, *FUSED)
+
+
+def test_fused_sliced_in_another_order() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.qkv(x)
+        v, q, k = y[..., :D], y[..., D : 2 * D], y[..., 2 * D :]
+        return m.proj(joined(sdpa(heads(q), heads(k), heads(v))))
+
+    net = Net(forward, qkv=linear(D, 3 * D), proj=linear(D, D))
+    hit(net, X, "qkv.weight[0:8] ← qkv.weight[16:24]ᵀ", "proj.weight ← qkv.weight[8:16]ᵀ")
+
+
+def test_fused_rows_interleaved_per_head() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).unflatten(-1, (HEADS, 3 * HEAD)).transpose(1, 2).split(HEAD, -1)
+        return m.proj(joined(sdpa(q, k, v)))
+
+    net = Net(forward, qkv=linear(D, 3 * D), proj=linear(D, D))
+    tied = hit(net, X, "qkv.weight[8:12+20:24] ← qkv.weight[4:8+16:20]ᵀ", "proj.weight ← qkv.weight[0:4+12:16]ᵀ")
+    assert tied.state_dict()["qkv.weight"].shape == (16, D)
+
+
+def test_fused_weight_in_by_out() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = (x @ m.qkv).chunk(3, -1)
+        return joined(sdpa(heads(q), heads(k), heads(v))) @ m.proj
+
+    net = Net(forward, qkv=weight(D, 3 * D), proj=weight(D, D))
+    hit(net, X, "qkv[:, 16:24] ← qkv[:, 8:16]ᵀ", "proj ← qkv[:, 0:8]ᵀ")
+
+
+def test_fused_weight_chunked_before_use() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = (heads(F.linear(x, part)) for part in m.qkv.chunk(3))
+        return F.linear(joined(sdpa(q, k, v)), m.proj)
+
+    net = Net(forward, qkv=weight(3 * D, D), proj=weight(D, D))
+    hit(net, X, "qkv[16:24] ← qkv[8:16]ᵀ", "proj ← qkv[0:8]ᵀ")
+
+
+def test_q_and_fused_kv() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        k, v = m.kv(x).unflatten(-1, (2, HEADS, HEAD)).permute(2, 0, 3, 1, 4)
+        return m.proj(joined(sdpa(heads(m.q(x)), k, v)))
+
+    net = Net(forward, q=linear(D, D), kv=linear(D, 2 * D), proj=linear(D, D))
+    hit(net, X, "kv.weight[8:16] ← kv.weight[0:8]ᵀ", "proj.weight ← q.weightᵀ")
+
+
+def test_fused_kv_of_spatially_reduced_tokens() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        reduced = m.norm(m.sr(x.transpose(1, 2).unflatten(2, (4, 4))).flatten(2).transpose(1, 2))
+        k, v = heads(m.kv(reduced).chunk(2, -1)[0]), heads(m.kv(reduced).chunk(2, -1)[1])
+        return m.proj(joined(sdpa(heads(m.q(x)), k, v)))
+
+    net = Net(forward, q=linear(D, D), kv=linear(D, 2 * D), proj=linear(D, D), sr=nn.Conv2d(D, D, 2, 2), norm=nn.LayerNorm(D))
+    hit(net, torch.randn(2, 16, D), "kv.weight[8:16] ← kv.weight[0:8]ᵀ", "proj.weight ← q.weightᵀ")
+
+
+def test_fused_qk_and_v() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k = m.qk(x).unflatten(-1, (2, HEADS, HEAD)).permute(2, 0, 3, 1, 4)
+        return m.proj(joined(sdpa(q, k, heads(m.v(x)))))
+
+    net = Net(forward, qk=linear(D, 2 * D), v=linear(D, D), proj=linear(D, D))
+    hit(net, X, "v.weight ← qk.weight[8:16]ᵀ", "proj.weight ← qk.weight[0:8]ᵀ")
+
+
+def test_1x1_convolutions() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = (value.flatten(2).unflatten(1, (HEADS, HEAD)).transpose(2, 3) for value in m.qkv(x).chunk(3, 1))
+        return m.proj(sdpa(q, k, v).transpose(2, 3).flatten(1, 2).unflatten(2, (3, 3)))
+
+    hit(Net(forward, qkv=nn.Conv2d(D, 3 * D, 1), proj=nn.Conv2d(D, D, 1)), torch.randn(2, D, 3, 3), *FUSED)
+
+
+def test_grouped_queries_tie_the_output_only() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        k, v = (heads(m.k(x), 1).repeat_interleave(2, 1), heads(m.v(x), 1).repeat_interleave(2, 1))
+        return m.out(joined(sdpa(heads(m.q(x)), k, v)))
+
+    net = Net(forward, q=linear(D, D), k=linear(D, HEAD), v=linear(D, HEAD), out=linear(D, D))
+    hit(net, X, "out.weight ← q.weightᵀ")
+    misses = pe_fx.plan(net, X).misses
+    assert any({"k.weight", "v.weight"} == set(found.weights) and "(4, 8)" in found.reason for found in misses)
+
+
+def test_grouped_queries_expanded() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        k, v = (heads(p(x), 1)[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for p in (m.k, m.v))
+        return m.out(joined(sdpa(heads(m.q(x)), k, v)))
+
+    hit(Net(forward, q=linear(D, D), k=linear(D, HEAD), v=linear(D, HEAD), out=linear(D, D)), X, "out.weight ← q.weightᵀ")
+
+
+def test_grouped_queries_by_sdpa() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        k, v = heads(m.k(x), 1), heads(m.v(x), 1)
+        return m.out(joined(F.scaled_dot_product_attention(heads(m.q(x)), k, v, enable_gqa=True)))
+
+    hit(Net(forward, q=linear(D, D), k=linear(D, HEAD), v=linear(D, HEAD), out=linear(D, D)), X, "out.weight ← q.weightᵀ")
+
+
+def test_multi_query_with_inner_width_above_the_model_s() -> None:
+    net = separate(by_hand, q=linear(D, 16), k=linear(D, 16), v=linear(D, 16), out=linear(16, D))
+    hit(net, X, "out.weight ← q.weightᵀ")
+
+
+def test_cross_attention() -> None:
+    def forward(m: Net, x: Tensor, memory: Tensor) -> Tensor:
+        return m.out(joined(sdpa(heads(m.q(x)), heads(m.k(memory)), heads(m.v(memory)))))
+
+    net = Net(forward, q=linear(D, D), k=linear(D, D), v=linear(D, D), out=linear(D, D))
+    hit(net, (X, MEMORY), *SEPARATE)
+
+
+def test_keys_read_positions_that_values_do_not() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        positioned = x + m.position
+        return m.out(joined(sdpa(heads(m.q(positioned)), heads(m.k(positioned)), heads(m.v(x)))))
+
+    net = Net(forward, q=linear(D, D), k=linear(D, D), v=linear(D, D), out=linear(D, D), position=torch.randn(5, D))
+    hit(net, X, *SEPARATE)
+
+
+def test_windows_and_rolls() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        rolled = x.roll((-1, -1), (1, 2))
+        windows = rolled.unflatten(2, (2, 2)).unflatten(1, (2, 2)).transpose(2, 3).reshape(-1, 4, D)
+        q, k, v = m.qkv(windows).unflatten(-1, (3, HEADS, HEAD)).permute(2, 0, 3, 1, 4)
+        y = m.proj(joined(by_hand(q, k, v)))
+        return y.view(-1, 2, 2, 2, 2, D).transpose(2, 3).reshape(x.shape).roll((1, 1), (1, 2))
+
+    hit(Net(forward, qkv=linear(D, 3 * D), proj=linear(D, D)), torch.randn(2, 4, 4, D), *FUSED)
+
+
+def test_depthwise_convolution_on_keys_and_values() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        k, v = (conv(value.transpose(1, 2)).transpose(1, 2) for conv, value in ((m.pool_k, m.k(x)), (m.pool_v, m.v(x))))
+        return m.out(joined(sdpa(heads(m.q(x)), heads(k), heads(v))))
+
+    pools = {name: nn.Conv1d(D, D, 3, padding=1, groups=D) for name in ("pool_k", "pool_v")}
+    hit(Net(forward, q=linear(D, D), k=linear(D, D), v=linear(D, D), out=linear(D, D), **pools), X, *SEPARATE)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention(batch_first: bool) -> None:
+    net = Net(lambda m, x: m.attn(x, x, x, need_weights=False)[0], attn=nn.MultiheadAttention(D, HEADS, batch_first=batch_first))
+    tied = hit(
+        net,
+        X,
+        "attn.in_proj_weight[16:24] ← attn.in_proj_weight[8:16]ᵀ",
+        "attn.out_proj.weight ← attn.in_proj_weight[0:8]ᵀ",
+    )
+    assert tied.state_dict()["attn.in_proj_weight"].shape == (2 * D, D)
+
+
+def test_multihead_attention_with_weights_returned() -> None:
+    net = Net(lambda m, x: m.attn(x, x, x), attn=nn.MultiheadAttention(D, HEADS, dropout=0.2, batch_first=True))
+    hit(net, X, "attn.in_proj_weight[16:24] ← attn.in_proj_weight[8:16]ᵀ", "attn.out_proj.weight ← attn.in_proj_weight[0:8]ᵀ")
+
+
+def test_multihead_cross_attention() -> None:
+    net = Net(lambda m, x, y: m.attn(x, y, y, need_weights=False)[0], attn=nn.MultiheadAttention(D, HEADS, batch_first=True))
+    hit(net, (X, MEMORY), "attn.in_proj_weight[16:24] ← attn.in_proj_weight[8:16]ᵀ", "attn.out_proj.weight ← attn.in_proj_weight[0:8]ᵀ")
+
+
+def test_multihead_attention_with_keys_of_another_width() -> None:
+    attn = nn.MultiheadAttention(D, HEADS, kdim=6, vdim=6, batch_first=True)
+    net = Net(lambda m, x, y: m.attn(x, y, y, need_weights=False)[0], attn=attn)
+    hit(net, (X, torch.randn(2, 7, 6)), "attn.out_proj.weight ← attn.q_proj_weightᵀ")
+
+
+def test_transformer_encoder_layer() -> None:
+    net = nn.TransformerEncoderLayer(D, HEADS, 16, batch_first=True)
+    made = pe_fx.plan(net, X)
+    assert sorted(ties(made)) == [
+        "linear2.weight ← linear1.weightᵀ",
+        "self_attn.in_proj_weight[16:24] ← self_attn.in_proj_weight[8:16]ᵀ",
+        "self_attn.out_proj.weight ← self_attn.in_proj_weight[0:8]ᵀ",
+    ]
+    assert_equals_twin(net, pe_fx.apply(net, made), made, X)
+
+
+def test_transformer_decoder_layer() -> None:
+    net = nn.TransformerDecoderLayer(D, HEADS, 16, batch_first=True)
+    made = pe_fx.plan(net, (X, MEMORY))
+    assert [(site.kind, site.name) for site in made.sites] == [("attention", "self_attn"), ("attention", "multihead_attn"), ("mlp", "")]
+    assert_equals_twin(net, pe_fx.apply(net, made), made, (X, MEMORY))
+
+
+def test_attention_that_runs_twice_is_one_site() -> None:
+    hit(Net(lambda m, x: m.attn(m.attn(x)), attn=separate()), X, "attn.v.weight ← attn.k.weightᵀ", "attn.out.weight ← attn.q.weightᵀ")
+
+
+def test_stored_rows_of_a_fused_weight() -> None:
+    net = fused()
+    tied = pe_fx.transform(net, X)
+    torch.testing.assert_close(tied.state_dict()["qkv.weight"], net.qkv.weight[: 2 * D].detach())
+    torch.testing.assert_close(tied.qkv.weight[2 * D :], net.qkv.weight[D : 2 * D].t())
+    torch.testing.assert_close(tied.proj.weight, net.qkv.weight[:D].t())
+    assert tied.qkv.bias.shape == (3 * D,)
+
+
+def test_init_mean_of_a_fused_weight() -> None:
+    net = fused()
+    tied = pe_fx.transform(net, X, init="mean")
+    q, k, v = net.qkv.weight.detach().chunk(3)
+    expected = torch.cat(((q + net.proj.weight.detach().t()) / 2, (k + v.t()) / 2))
+    torch.testing.assert_close(tied.state_dict()["qkv.weight"], expected)
+
+
+def test_share_uses_one_pair_of_weights_for_the_stack() -> None:
+    net = nn.Sequential(separate(), separate())
+    hit(
+        net,
+        X,
+        "0.v.weight ← 0.k.weightᵀ",
+        "0.out.weight ← 0.q.weightᵀ",
+        "1.k.weight ← 0.k.weight",
+        "1.v.weight ← 0.k.weightᵀ",
+        "1.q.weight ← 0.q.weight",
+        "1.out.weight ← 0.q.weightᵀ",
+        share=("attention",),
+    )
+
+
+def test_share_of_fused_weights() -> None:
+    net = nn.Sequential(fused(), fused())
+    tied = pe_fx.transform(net, X, share=("attention",))
+    assert [name for name in tied.state_dict() if name.endswith("weight")] == ["0.qkv.weight"]
+    made = pe_fx.plan(net, X, share=("attention",))
+    assert_equals_twin(net, tied, made, X)
+
+
+@pytest.mark.parametrize(
+    "net", [fused(), separate(), nn.TransformerEncoderLayer(D, HEADS, 16, batch_first=True)], ids=["fused", "separate", "encoder layer"]
+)
+def test_idempotent(net: nn.Module) -> None:
+    assert_idempotent(net, X)
+
+
+def test_idempotent_where_only_the_output_is_tied() -> None:
+    assert_idempotent(separate(by_hand, q=linear(D, 16), k=linear(D, 16), v=linear(D, 16), out=linear(16, D)), X)
+
+
+# ---- misses
+
+
+def test_no_softmax() -> None:
+    assert not pe_fx.plan(separate(lambda q, k, v: q @ k.mT @ v), X).sites
+
+
+def test_softmax_over_the_queries_does_not_swap_roles() -> None:
+    made = pe_fx.plan(separate(lambda q, k, v: (q @ k.mT).softmax(-2) @ v), X)
+    assert set(ties(made)) <= set(SEPARATE)
+
+
+def test_square_is_needed_for_the_values() -> None:
+    net = separate(by_hand, q=linear(D, 4), k=linear(D, 4), v=linear(D, 4), out=linear(4, 6))
+    found = miss(net, X, r"not transposes|not square", weights=("k.weight", "v.weight"))
+    assert "(4, 8)" in found.reason
+
+
+def test_output_of_another_width() -> None:
+    net = separate(out=linear(D, 6))
+    made = pe_fx.plan(net, X)
+    assert ties(made) == ["v.weight ← k.weightᵀ"]
+    assert any({"q.weight", "out.weight"} == set(found.weights) and "(6, 8)" in found.reason for found in made.misses)
+
+
+def test_values_of_another_width() -> None:
+    made = pe_fx.plan(separate(v=linear(D, 16), out=linear(16, D)), X)
+    assert ties(made) == []
+    assert {frozenset(found.weights) for found in made.misses if found.kind == "attention"} == {
+        frozenset(("k.weight", "v.weight")),
+        frozenset(("q.weight", "out.weight")),
+    }
+
+
+def test_no_output_projection() -> None:
+    net = Net(lambda m, x: joined(sdpa(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)))), q=linear(D, D), k=linear(D, D), v=linear(D, D))
+    made = pe_fx.plan(net, X)
+    assert ties(made) == ["v.weight ← k.weightᵀ"]
+    assert any("q.weight" in found.weights and "output projection" in found.reason for found in made.misses)
+
+
+@pytest.mark.parametrize(("frozen", "left"), [("v", "out.weight ← q.weightᵀ"), ("q", "v.weight ← k.weightᵀ")])
+def test_frozen_beside_trained_leaves_the_other_tie(frozen: str, left: str) -> None:
+    net = separate()
+    net.get_submodule(frozen).weight.requires_grad_(False)
+    made = pe_fx.plan(net, X)
+    assert ties(made) == [left]
+    assert any(f"{frozen}.weight is frozen" in found.reason for found in made.misses)
+
+
+@pytest.mark.parametrize("register", [parametrizations.weight_norm, parametrizations.orthogonal, parametrizations.spectral_norm])
+def test_parametrized(register) -> None:
+    net = separate()
+    register(net.v)
+    made = pe_fx.plan(net, X)
+    assert not any("v" in str(tie) for tie in made.ties)
+    assert any("parametri" in found.reason for found in made.misses), made.explain()
+
+
+def test_value_weight_shared_with_an_embedding() -> None:
+    net = Net(lambda m, i: m.attn(m.embedding(i)), attn=separate(), embedding=nn.Embedding(D, D))
+    net.attn.v.weight = net.embedding.weight
+    made = pe_fx.plan(net, torch.arange(10).view(2, 5) % D)
+    assert not any("embedding" in str(tie) or "attn.v" in str(tie) for tie in made.ties)
+    assert any("embedding" in found.reason for found in made.misses), made.explain()
+
+
+def test_values_read_elsewhere_too() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        v = m.v(x)
+        return m.out(joined(sdpa(heads(m.q(x)), heads(m.k(x)), heads(v)))) + m.lepe(v.transpose(1, 2)).transpose(1, 2)
+
+    net = Net(forward, q=linear(D, D), k=linear(D, D), v=linear(D, D), out=linear(D, D), lepe=nn.Conv1d(D, D, 3, padding=1, groups=D))
+    made = pe_fx.plan(net, X)
+    assert_equals_twin(net, pe_fx.apply(net, made), made, X)
+
+
+def test_weight_used_by_two_attentions_with_different_partners() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        a = joined(sdpa(heads(m.q(x)), heads(m.k(x)), heads(m.v(x))))
+        b = joined(sdpa(heads(m.q2(x)), heads(m.k2(x)), heads(m.v(x))))
+        return m.out(a) + m.out2(b)
+
+    net = Net(forward, **{name: linear(D, D) for name in ("q", "k", "v", "out", "q2", "k2", "out2")})
+    made = pe_fx.plan(net, X)
+    assert not any(tie.target == "v.weight" for tie in made.ties)
+    assert any("v.weight" in found.weights and "v.weight" in found.reason for found in made.misses), made.explain()
+
+
+def test_keys_and_values_of_one_weight_already() -> None:
+    net = Net(
+        lambda m, x: m.out(joined(sdpa(heads(m.q(x)), heads(kv := m.kv(x)), heads(kv)))), q=linear(D, D), kv=linear(D, D), out=linear(D, D)
+    )
+    hit(net, X, "out.weight ← q.weightᵀ")
+
+
+def test_queries_and_keys_of_one_weight() -> None:
+    net = Net(
+        lambda m, x: m.out(joined(sdpa(heads(qk := m.qk(x)), heads(qk), heads(m.v(x))))), qk=linear(D, D), v=linear(D, D), out=linear(D, D)
+    )
+    made = pe_fx.plan(net, X)
+    assert_equals_twin(net, pe_fx.apply(net, made), made, X)
+
+
+def test_output_over_another_axis() -> None:
+    net = Net(
+        lambda m, x: m.out(joined(sdpa(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)))).transpose(1, 2)),
+        q=linear(D, D),
+        k=linear(D, D),
+        v=linear(D, D),
+        out=linear(D, D),
+    )
+    made = pe_fx.plan(net, torch.randn(2, D, D))
+    assert ties(made) == ["v.weight ← k.weightᵀ"]
+    assert any("out.weight" in found.weights or "q.weight" in found.weights for found in made.misses), made.explain()
+
+
+def test_grouped_1x1_values() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(1, (HEADS, HEAD)).transpose(2, 3) for p in (m.q, m.k, m.v))
+        return m.out(sdpa(q, k, v).transpose(2, 3).flatten(1, 2))
+
+    net = Net(forward, q=nn.Conv1d(D, D, 1), k=nn.Conv1d(D, D, 1), v=nn.Conv1d(D, D, 1, groups=2), out=nn.Conv1d(D, D, 1))
+    made = pe_fx.plan(net, torch.randn(2, D, 5))
+    assert not any("v.weight" in str(tie) for tie in made.ties)
+    assert any("k.weight" in found.weights for found in made.misses), made.explain()

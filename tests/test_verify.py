@@ -1,0 +1,266 @@
+"""pe_fx.verify and the tests' own oracle: both pass on right models and fail on planted errors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Inputs, Net, assert_equals_twin, linear
+from torch import Tensor, nn
+
+import pe_fx
+from pe_fx import Plan
+
+X = torch.randn(3, 5, 8)
+IMAGE = torch.randn(2, 8, 6, 6)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(linear(8, 16), nn.GELU(), nn.Dropout(0.2), linear(16, 8))
+
+
+def glu() -> Net:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        gate, up = m.up(x).chunk(2, -1)
+        return m.down(F.silu(gate) * up)
+
+    return Net(forward, up=linear(8, 32), down=linear(16, 8))
+
+
+def bottleneck(width: int = 8) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, width, 1)
+    )
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
+    "mlp": (mlp, X),
+    "glu": (glu, X),
+    "encoder": (encoder, X),
+    "bottleneck": (bottleneck, IMAGE),
+    "stage": (lambda: nn.Sequential(bottleneck(), bottleneck()), IMAGE),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_right_models_pass(name: str) -> None:
+    build, x = MODELS[name]
+    report = pe_fx.verify(pe_fx.transform(build(), x), x)
+    assert report, str(report)
+    assert "NOT" not in str(report)
+
+
+@pytest.mark.parametrize("init", ["mean", "reset"])
+def test_other_inits_pass(init: str) -> None:
+    assert pe_fx.verify(pe_fx.transform(mlp(), X, init=init), X)
+
+
+def test_passes_after_training() -> None:
+    tied = pe_fx.transform(encoder(), X)
+    optimizer = torch.optim.SGD(tied.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        tied(X).square().mean().backward()
+        optimizer.step()
+    assert pe_fx.verify(tied, X)
+
+
+def test_keyword_inputs_and_several_outputs() -> None:
+    net = Net(lambda m, x, scale: {"y": m.fc2(m.fc1(x).relu()) * scale, "x": [x + 1]}, fc1=linear(8, 16), fc2=linear(16, 8))
+    inputs = {"x": X, "scale": torch.tensor(2.0)}
+    assert pe_fx.verify(pe_fx.transform(net, inputs), inputs)
+
+
+def test_inputs_are_derived_where_left_out() -> None:
+    assert pe_fx.verify(pe_fx.transform(mlp()))
+
+
+def test_report_names_every_comparison() -> None:
+    text = str(pe_fx.verify(pe_fx.transform(mlp(), X), X))
+    assert all(word in text for word in ("train", "eval", "outputs", "gradients"))
+
+
+def test_dense_model_is_refused() -> None:
+    with pytest.raises(pe_fx.PeFxError, match=r"transform"):
+        pe_fx.verify(mlp(), X)
+
+
+def test_the_model_is_not_touched() -> None:
+    tied = pe_fx.transform(bottleneck(), IMAGE).eval()
+    before = {name: value.clone() for name, value in tied.state_dict().items()}
+    state = torch.get_rng_state()
+    pe_fx.verify(tied, IMAGE)
+    assert all(torch.equal(value, before[name]) for name, value in tied.state_dict().items())
+    assert all(parameter.grad is None for parameter in tied.parameters())
+    assert not tied.training
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---- planted errors
+
+
+def planted(module: nn.Module, **members: Any) -> None:
+    """Gives one module a class of its own with these members; copies keep it."""
+    base = type(module)
+    module.__class__ = type(f"Planted{base.__name__}", (base,), {"__reduce_ex__": object.__reduce_ex__, **members})
+
+
+def weight_of(change: Callable[[nn.Module, Tensor], Tensor]) -> dict[str, Any]:
+    def weight(self: nn.Module) -> Tensor:
+        inherited = next(vars(cls)["weight"] for cls in type(self).__mro__[1:] if "weight" in vars(cls))
+        return change(self, inherited.fget(self))
+
+    return {"weight": property(weight)}
+
+
+def forward_of(change: Callable[[nn.Module, Tensor], Tensor]) -> dict[str, Any]:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return change(self, nn.Linear.forward(self, x))  # type: ignore[arg-type]
+
+    return {"forward": forward}
+
+
+class DoubledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+ERRORS: dict[str, dict[str, Any]] = {
+    "weight detaches": weight_of(lambda m, w: w.detach()),
+    "weight is flipped": weight_of(lambda m, w: w.flip(0)),
+    "weight's rows are rolled": weight_of(lambda m, w: w.roll(1, 0)),
+    "weight is scaled a little": weight_of(lambda m, w: 1.001 * w),
+    "weight is rounded": weight_of(lambda m, w: w.bfloat16().float()),
+    "weight's gradient is doubled": weight_of(lambda m, w: DoubledGradient.apply(w)),
+    "weight is wrong in training only": weight_of(lambda m, w: -w if m.training else w),
+    "weight is wrong in eval only": weight_of(lambda m, w: w if m.training else -w),
+    "weight is one row off": weight_of(lambda m, w: torch.cat((w[:1].detach(), w[1:]))),
+    "forward adds something": forward_of(lambda m, y: y + 0.01),
+    "forward detaches": forward_of(lambda m, y: y.detach() + 0 * y),
+    "forward makes nan": forward_of(lambda m, y: y * float("nan")),
+}
+
+
+def assert_both_fail(dense: nn.Module, tied: nn.Module, plan: Plan, inputs: Inputs) -> None:
+    report = pe_fx.verify(tied, inputs)
+    assert not report, str(report)
+    assert "NOT equal" in str(report)
+    with pytest.raises(AssertionError, match=r"train|eval"):
+        assert_equals_twin(dense, tied, plan, inputs)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_planted_in_a_linear(error: str) -> None:
+    dense = mlp()
+    plan = pe_fx.plan(dense, X)
+    tied = pe_fx.apply(dense, plan)
+    planted(tied[3], **ERRORS[error])
+    assert_both_fail(dense, tied, plan, X)
+
+
+def test_planted_in_a_convolution() -> None:
+    dense = bottleneck()
+    plan = pe_fx.plan(dense, IMAGE)
+    tied = pe_fx.apply(dense, plan)
+    planted(tied[5], **weight_of(lambda m, w: w.detach()))
+    assert_both_fail(dense, tied, plan, IMAGE)
+
+
+def test_planted_in_a_fused_weight() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).chunk(3, -1)
+        return m.proj(F.scaled_dot_product_attention(q, k, v))
+
+    dense = Net(forward, qkv=linear(8, 24), proj=linear(8, 8))
+    plan = pe_fx.plan(dense, X)
+    tied = pe_fx.apply(dense, plan)
+    planted(tied.qkv, **weight_of(lambda m, w: torch.cat((w[8:16], w[:8], w[16:]))))
+    assert_both_fail(dense, tied, plan, X)
+
+
+def test_copy_that_shares_no_source() -> None:
+    dense = mlp()
+    plan = pe_fx.plan(dense, X)
+    tied = pe_fx.apply(dense, plan)
+    stale = copy.deepcopy(tied)[0].weight.detach().t()
+    planted(tied[3], **weight_of(lambda m, w: stale + 0 * w))
+    with torch.no_grad():
+        tied[0].weight.add_(0.1)
+        dense[0].weight.add_(0.1)
+    assert_both_fail(dense, tied, plan, X)
+
+
+# ---- the oracle alone: what only the plan tells
+
+
+def changed(plan: Plan, **fields: Any) -> Plan:
+    (site,) = plan.sites
+    (tie,) = site.ties
+    return dataclasses.replace(plan, sites=(dataclasses.replace(site, ties=(dataclasses.replace(tie, **fields),)),))
+
+
+def test_oracle_sees_a_missing_transpose() -> None:
+    dense = nn.Sequential(linear(8, 8), nn.ReLU(), linear(8, 8))
+    plan = pe_fx.plan(dense, X)
+    wrong = changed(plan, transposed=False)
+    assert_equals_twin(dense, pe_fx.apply(dense, wrong), wrong, X)
+    with pytest.raises(AssertionError, match=r"train output"):
+        assert_equals_twin(dense, pe_fx.apply(dense, wrong), plan, X)
+
+
+def test_oracle_sees_the_wrong_rows() -> None:
+    dense = glu()
+    plan = pe_fx.plan(dense, X)
+    (tie,) = plan.ties
+    wrong = changed(plan, of=tie.of.narrowed(0, range(16)))
+    with pytest.raises(AssertionError, match=r"train output"):
+        assert_equals_twin(dense, pe_fx.apply(dense, wrong), plan, X)
+
+
+def test_oracle_sees_a_weight_that_stayed() -> None:
+    dense = mlp()
+    with pytest.raises(AssertionError, match=r"3\.weight"):
+        assert_equals_twin(dense, copy.deepcopy(dense), pe_fx.plan(dense, X), X)
+
+
+def test_oracle_sees_rows_that_stayed() -> None:
+    dense = encoder()
+    plan = pe_fx.plan(dense, X)
+    fewer = dataclasses.replace(
+        plan, sites=tuple(dataclasses.replace(site, ties=site.ties[1:]) if site.kind == "attention" else site for site in plan.sites)
+    )
+    with pytest.raises(AssertionError, match=r"in_proj_weight"):
+        assert_equals_twin(dense, pe_fx.apply(dense, fewer), plan, X)
+
+
+def test_oracle_sees_another_initial_value() -> None:
+    dense = mlp()
+    plan = pe_fx.plan(dense, X)
+    tied = pe_fx.apply(dense, plan)
+    with torch.no_grad():
+        tied[0].weight.add_(0.01)
+    with pytest.raises(AssertionError, match=r"train output"):
+        assert_equals_twin(dense, tied, plan, X)
+
+
+def test_oracle_sees_other_buffers() -> None:
+    dense = bottleneck()
+    plan = pe_fx.plan(dense, IMAGE)
+    tied = pe_fx.apply(dense, plan)
+    tied[1].running_mean.add_(1)
+    with pytest.raises(AssertionError, match=r"buffer"):
+        assert_equals_twin(dense, tied, plan, IMAGE)
