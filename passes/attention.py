@@ -38,7 +38,13 @@ class Attention:
     kind: str = "attention"
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
-        found = [(core, roles) for core in _cores(flow) if (roles := _roles(flow, core)) is not None]
+        found = []
+        for core in _cores(flow):
+            roles = _roles(flow, core)
+            if isinstance(roles, Roles):
+                found.append((core, roles))
+            elif roles is not None:
+                yield dataclasses.replace(roles, kind=self.kind)
         partners: dict[Op, set[tuple[str, ...]]] = {}
         for _, roles in found:
             for part in roles.parts:
@@ -140,10 +146,12 @@ def _axis_at(flow: Flow, product: Op, axis: int, value: Op) -> int | None:
     return axes[0] if len(axes) == 1 else (axis if size == 1 else None)
 
 
-def _roles(flow: Flow, core: Core) -> Roles | None:
+def _roles(flow: Flow, core: Core) -> Roles | Miss | None:
     q, k, v = (_part(flow, value) for value in (core.q, core.k, core.v))
     if q is None or k is None:
-        return None
+        what = "the queries" if q is None else "the keys"
+        names = tuple(dict.fromkeys(part.weight.name for part in (q, k, v) if part is not None))
+        return Miss("", common_module(names), names, f"{what} of {core.mix.node.name} are not made by one weight alone") if names else None
     return Roles(q, k, v, _output(flow, core, v))
 
 

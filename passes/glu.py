@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pe_fx.flow import Channels, Flow, Op, Weight, arriving, channels_along, channels_in
+from pe_fx.flow import Channels, Flow, Op, Weight, arriving, channels_along, channels_in, source_along
 from pe_fx.ops import Kind
-from pe_fx.passes.pairs import common_module, misuse, tie
+from pe_fx.passes.pairs import common_module, leak, misuse, tie
 from pe_fx.ties import Miss, Site
 
+_ELEMENTWISE = {Kind.POINTWISE, Kind.NONLINEAR}
 _BEFORE_DOWN = {Kind.POINTWISE, Kind.NONLINEAR, Kind.NORM, Kind.VIEW}
 
 
@@ -23,13 +24,17 @@ class Glu:
     kind: str = "glu"
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
-        units = {op: unit for op in flow.ops if (unit := _unit(flow, op)) is not None}
+        units = [unit for op in flow.ops if (unit := _unit(flow, op)) is not None]
+        partners: dict[Op, set[tuple[str, ...]]] = {}
+        for unit in units:
+            for op in (unit.first.op, unit.second.op, unit.last):
+                partners.setdefault(op, set()).add(unit.names)
         seen: set[tuple[str, ...]] = set()
-        for unit in units.values():
+        for unit in units:
             if unit.names in seen or any(name in flow.claimed for name in unit.names):
                 continue
             seen.add(unit.names)
-            reason = _obstacle(flow, unit, units)
+            reason = _obstacle(flow, unit, partners)
             name = common_module(unit.names)
             if reason is not None:
                 yield Miss(self.kind, name, unit.names, reason)
@@ -72,53 +77,54 @@ class _Unit:
 
 
 def _unit(flow: Flow, last: Op) -> _Unit | None:
-    if not last.is_projection or last.weight is None:
+    """The product before `last`, if its factors are two projections of one value, one of them activated."""
+    if last.weight is None or last.is_depthwise:
         return None
-    product = next(flow.backward(last, _BEFORE_DOWN, lambda op: op.kind is Kind.PRODUCT), None)
-    if product is None or len(product.inputs) != 2:
+    product = source_along(last, _BEFORE_DOWN)
+    if product is None or product.kind is not Kind.PRODUCT or len(product.inputs) != 2:
         return None
     first, second = (_branch(flow, factor, product) for factor in product.inputs)
-    if first is None or second is None or _origin(first.op) is not _origin(second.op):
-        return None
-    if not flow.post_dominates(last, first.op) or not flow.post_dominates(last, second.op):
+    if first is None or second is None or source_along(first.op, _ELEMENTWISE) is not source_along(second.op, _ELEMENTWISE):
         return None
     own = [set(channels_in(branch.state.tags) or ()) for branch in (first, second)]
+    if last.weight.name in (first.weight.name, second.weight.name):
+        return None  # tied already
     if first.op is second.op and not own[0].isdisjoint(own[1]):
         return None  # x * sigmoid(x) is one activation, not a gate
-    unit = _Unit(first, second, product, last, last.weight)
-    fits = last.weight.matrix == (unit.up.weight.inputs, len(unit.channels))
-    return unit if fits and last.weight.name not in (first.weight.name, second.weight.name) else None
+    return _Unit(first, second, product, last, last.weight)
 
 
 def _branch(flow: Flow, factor: Op, product: Op) -> _Branch | None:
     source = flow.feeder(factor)
-    if source is None or not source.is_projection or source.weight is None or not source.weight.is_matrix:
+    if source is None or source.weight is None:
         return None
     state = flow.trace(source, product).get(factor)
     return None if state is None or state.tags is None else _Branch(source, source.weight, state)
 
 
-def _origin(op: Op) -> Op | None:
-    """What a weight is applied to, before elementwise operations on it alone."""
-    source = op.inputs[0] if op.inputs else None
-    while source is not None and source.kind in (Kind.POINTWISE, Kind.NONLINEAR) and len(source.inputs) == 1:
-        source = source.inputs[0]
-    return source
-
-
-def _obstacle(flow: Flow, unit: _Unit, units: dict[Op, _Unit]) -> str | None:
+def _obstacle(flow: Flow, unit: _Unit, partners: dict[Op, set[tuple[str, ...]]]) -> str | None:
+    up, down = unit.up.weight, unit.down
+    block = up.of_channels(unit.channels)
+    weights = (unit.first.weight, unit.second.weight, down)
+    for weight in weights:
+        if weight.groups > 1 or not weight.is_matrix:
+            return f"{weight.name} is no plain matrix but a convolution with {weight.kernel} kernel and {weight.groups} groups"
+    if down.matrix != (up.inputs, len(unit.channels)):
+        return f"{down.name} is {down.matrix}, {block} is {(len(unit.channels), up.inputs)}: not transposes of each other"
     if unit.first.state.activations == unit.second.state.activations:
         which = "both factors" if unit.first.state.activations else "neither factor"
-        return f"{which} before {unit.down.name} passed an activation: gate and up cannot be told apart"
+        return f"{which} before {down.name} passed an activation: gate and up cannot be told apart"
+    for branch in sorted((unit.first, unit.second), key=lambda branch: branch is not unit.up):
+        if not flow.post_dominates(unit.last, branch.op):
+            return f"the value between {branch.weight.name} and {down.name} is read elsewhere too: {leak(flow, branch.op, unit.last)}"
     tags = unit.up.state.tags.expand(unit.product.shape)
     end = arriving(flow.trace(unit.product, unit.last, tags=tags), unit.last)
     arrived = channels_along(end.tags, unit.last.in_axis)
-    if arrived is None or sorted(arrived) != unit.channels:
-        return f"the channels of {unit.up.weight.name} do not reach {unit.down.name} one to one"
-    for weight in (unit.first.weight, unit.second.weight, unit.down):
+    if arrived != unit.channels:
+        return f"the hidden channels of {up.name} reach {down.name} in another order"
+    for weight in weights:
         if (reason := misuse(flow, weight)) is not None:
             return reason
-    for reader in flow.readers[unit.down.name]:
-        if reader not in units or units[reader].names != unit.names:
-            return f"{unit.down.name} is used a second time, not with {unit.up.weight.name}"
+        if any(partners.get(reader) != {unit.names} for reader in flow.readers[weight.name]):
+            return f"{weight.name} is used a second time, not with {', '.join(name for name in unit.names if name != weight.name)}"
     return None

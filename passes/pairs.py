@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pe_fx.flow import Channels, Flow, Op, Weight, arriving, channels_along, varying_axes
+from pe_fx.flow import Channels, Flow, Op, Weight, arriving, channels_along, lies_along
 from pe_fx.ops import Kind
 from pe_fx.ties import Block, Miss, Site, Tie
 
@@ -118,11 +118,10 @@ def _channel_obstacle(pair: Pair, state: Channels) -> str | None:
     first, second = pair.weights
     if state.tags is None or state.uniform:
         return f"between {first.name} and {second.name} the value passes {state.lost}"
-    axis = pair.second.in_axis % state.tags.dim()
-    if varying_axes(state.tags) != [axis]:
+    if not lies_along(state.tags, pair.second.in_axis):
         return f"{second.name} works on another axis than the one that {first.name} makes, or a reshape between them mixes it"
-    arrived = channels_along(state.tags, axis)
-    straight = arrived == list(range(first.outputs))
+    arrived = channels_along(state.tags, pair.second.in_axis)
+    straight = arrived == list(range(first.outputs)) and first.is_straight and second.is_straight
     if not straight and not (state.mixed and arrived is not None and len(set(arrived)) == second.inputs):
         return f"the hidden channels of {first.name} reach {second.name} in another order"
     return None
@@ -184,7 +183,8 @@ def near_misses(flow: Flow) -> Iterator[Miss]:
         for pair, reason in candidates:
             if pair.names not in seen:
                 seen.add(pair.names)
-                kind = "bottleneck" if pair.is_bottleneck or not _is_matrix(pair.first) or not _is_matrix(pair.second) else "mlp"
+                kernels = all(weight.is_convolution for weight in pair.weights) and not (_is_matrix(pair.first) and _is_matrix(pair.second))
+                kind = "bottleneck" if pair.is_bottleneck or kernels else "mlp"
                 yield Miss(kind, common_module(pair.names), pair.names, reason)
 
 
@@ -218,7 +218,7 @@ def _near_reason(flow: Flow, pair: Pair, closed: bool) -> str | None:
         return f"{shapes}: not transposes of each other" if closed and _would_fit_otherwise(flow, pair) else None
     if closed:
         return _group_obstacle(flow, [pair])
-    return f"the value between {first.name} and {second.name} is read elsewhere too: {_leak(flow, pair)}"
+    return f"the value between {first.name} and {second.name} is read elsewhere too: {leak(flow, pair.first, pair.second)}"
 
 
 def _kernel_reason(pair: Pair) -> str | None:
@@ -232,6 +232,8 @@ def _kernel_reason(pair: Pair) -> str | None:
         return f"{guilty.name} is a convolution in {guilty.groups} groups: only ungrouped 1x1 convolutions are tied"
     if guilty.kernel and max(guilty.kernel) > 1:
         return f"{guilty.name} is a {'x'.join(map(str, guilty.kernel))} convolution: only 1x1 convolutions are tied"
+    if guilty.block.is_whole:
+        return f"{guilty.name} is a transposed convolution: only linear layers and ordinary 1x1 convolutions are tied"
     return f"{guilty.block} is only a part of {guilty.name}: only whole weights are paired"
 
 
@@ -240,14 +242,14 @@ def _would_fit_otherwise(flow: Flow, pair: Pair) -> bool:
     return bool(state.activations) and _channel_obstacle(pair, state) is None
 
 
-def _leak(flow: Flow, pair: Pair) -> str:
-    """Where the hidden value goes beside the second weight."""
-    inside = {pair.first, *flow.between(pair.first, pair.second)}
+def leak(flow: Flow, first: Op, second: Op) -> str:
+    """Where the values between two weights go beside the second."""
+    inside = {first, *flow.between(first, second)}
     for op in sorted(inside, key=lambda op: op.index):
         if op in flow.results:
             return f"{op.node.name} is returned"
         for user in flow.users[op]:
-            if user not in inside and user is not pair.second:
+            if user not in inside and user is not second:
                 return f"{op.node.name} by {user.node.name}"
     return "an output"
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pe_fx.flow import Flow
+from pe_fx.flow import Flow, source_along
 from pe_fx.ops import Kind
 from pe_fx.passes.pairs import Pair, match_pairs
 from pe_fx.ties import Miss, Site
@@ -25,8 +25,8 @@ class SqueezeExcite:
 
 
 def _is_gate(flow: Flow, pair: Pair) -> bool:
-    pooled = next(flow.backward(pair.first, _PASSING, lambda op: op.kind in (Kind.REDUCE, Kind.POOL)), None)
-    if pooled is None:
+    pooled = source_along(pair.first, _PASSING)
+    if pooled is None or pooled.kind not in (Kind.REDUCE, Kind.POOL):
         return False
     product = next(flow.forward(pair.second, _PASSING, lambda op: op.kind is Kind.PRODUCT), None)
     return product is not None and not flow.dominates(pair.second, product)

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from pe_fx.errors import CaptureError
+from pe_fx.ops import base_name
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,27 @@ def inline_regions(gm: fx.GraphModule) -> fx.Graph:
     values: dict[fx.Node, Any] = {}
     result = _copy_into(graph, gm, values)
     graph.output(result)
+    _spell_out_glu(graph)
     return graph
+
+
+def _spell_out_glu(graph: fx.Graph) -> None:
+    """glu(x) as what it stands for: the first half of x times the sigmoid of the second."""
+    for node in list(graph.nodes):
+        if not node.op.startswith("call") or base_name(node) != "glu":
+            continue
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else -1)
+        halves = value_of(node.args[0]).chunk(2, dim)
+        with graph.inserting_before(node):
+            chunks = graph.call_function(torch.chunk, (node.args[0], 2, dim))
+            first, second = (graph.call_function(operator.getitem, (chunks, i)) for i in (0, 1))
+            gate = graph.call_function(torch.sigmoid, (second,))
+            product = graph.call_function(torch.mul, (first, gate))
+        chunks.meta["val"] = halves
+        for new, value in ((first, halves[0]), (second, halves[1]), (gate, halves[1]), (product, value_of(node))):
+            new.meta["val"] = value
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
 
 
 def _copy_into(graph: fx.Graph, gm: fx.GraphModule, values: dict[fx.Node, Any]) -> Any:

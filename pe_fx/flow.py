@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,11 @@ class Weight:
     @property
     def matrix(self) -> tuple[int, int]:
         return self.outputs, self.inputs
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether output channel i is the parameter's row i."""
+        return self.rows == tuple(range(self.outputs))
 
     @property
     def is_convolution(self) -> bool:
@@ -181,10 +187,10 @@ class Flow:
                 self.users[source].append(op)
 
     def _is_value(self, node: fx.Node, operands: list[fx.Node], captured: Captured) -> bool:
-        if not _is_floating(value_of(node)):
-            return False
         if node.op == "placeholder":
-            return node in captured.inputs
+            return node in captured.inputs and _is_floating(value_of(node))
+        if not _is_tensor(value_of(node)):
+            return False
         kind = KINDS.get(base_name(node)) if node.op.startswith("call") else None
         if kind in (Kind.PROJECTION, Kind.CONV, Kind.LOOKUP):
             return True
@@ -196,6 +202,8 @@ class Flow:
         values = tuple(self._of_node.get(operand) for operand in operands)
         if name in SHAPE_OF_SECOND:
             values = (values[0], *[None] * (len(values) - 1))
+        if kind is Kind.PRODUCT and sum(value is not None for value in values) == 1:
+            kind = Kind.POINTWISE  # a scale
         op = Op(len(self.ops), node, name, kind, _shape(value_of(node)), values)
         if kind in (Kind.PROJECTION, Kind.CONV, Kind.MATMUL):
             _attach_weight(op, operands, static)
@@ -319,6 +327,14 @@ class Flow:
         return states
 
 
+def source_along(op: Op, through: Collection[Kind]) -> Op | None:
+    """What `op` is applied to, before operations of the kinds `through` on that one value."""
+    source = op.inputs[0] if op.inputs else None
+    while source is not None and source.kind in through and len(set(source.inputs)) == 1:
+        source = source.inputs[0]
+    return source
+
+
 def arriving(states: dict[Op, Channels], op: Op) -> Channels:
     """What arrives at the value operand of the projection `op`."""
     for source in op.inputs:
@@ -359,6 +375,16 @@ def varying_axes(tags: Tensor) -> list[int]:
     """
     small = _shrink(_lazy(tags))
     return [axis for axis in range(small.dim()) if small.shape[axis] > 1 and not bool((small == small.narrow(axis, 0, 1)).all())]
+
+
+def lies_along(tags: Tensor, axis: int) -> bool:
+    """Whether the channels lie on this axis and on no other.
+
+    >>> lies_along(torch.arange(3.0).expand(2, 3), -1)
+    True
+    """
+    axis %= tags.dim()
+    return varying_axes(tags) == ([axis] if tags.shape[axis] > 1 else [])
 
 
 def expand_along(values: Tensor, shape: Shape, axis: int) -> Tensor:
@@ -440,6 +466,8 @@ def _transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], joins: bool
         return lost(lost=first.lost or op.name)
     if op.kind is Kind.NORM:
         return keep(first.tags) if first.tags.shape == op.shape else lost(lost=op.name)
+    if (op.kind is Kind.POOL or op.is_depthwise) and not _pooled_axes(op).isdisjoint(varying_axes(first.tags)):
+        return lost(lost=f"{op.name} over the hidden axis")
     if op.kind is Kind.POOL or op.is_depthwise:
         tags = _resampled(first.tags, op.shape)
         return lost(lost=f"{op.name} over another axis") if tags is None else keep(tags)
@@ -449,7 +477,7 @@ def _transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], joins: bool
             return Channels(torch.zeros(1, dtype=torch.float64).expand(op.shape), uniform=True, lost=f"{op.name} over channels")
         return lost(lost=f"{op.name} over channels") if tags is None else keep(tags)
     if op.kind is Kind.CONV or (op.is_projection and op in carriers):
-        if op.weight is None or varying_axes(first.tags) != [op.in_axis % first.tags.dim()]:
+        if op.weight is None or not lies_along(first.tags, op.in_axis):
             return lost(lost=f"{op.name} over another axis")
         fresh = torch.arange(1.0, op.shape[op.out_axis] + 1, dtype=torch.float64) + 2.0**24 * (op.index + 1)
         return Channels(expand_along(fresh, op.shape, op.out_axis), activations + (op in carriers), True)
@@ -539,10 +567,16 @@ def _carried(op: Op, states: dict[Op, Channels]) -> Tensor | None:
         if not isinstance(tags, Tensor) or tags.dim() != len(names):
             continue
         summed = [axis for axis, label in enumerate(names) if label not in labels[2]]
-        if any(axis in varying_axes(tags) for axis in summed):
-            continue
+        tags = _lazy(tags)
         for axis in reversed(summed):
-            tags = tags.amax(axis)
+            largest = tags.amax(axis)
+            if not bool(((tags == largest.unsqueeze(axis)) | (tags == 0)).all()):
+                break
+            tags = largest
+        else:
+            summed = []
+        if summed:
+            continue
         kept = [label for label in names if label in labels[2]]
         tags = tags.permute([kept.index(label) for label in labels[2] if label in kept])
         for axis, label in enumerate(labels[2]):
@@ -553,6 +587,13 @@ def _carried(op: Op, states: dict[Op, Channels]) -> Tensor | None:
         except RuntimeError:
             return None
     return None
+
+
+def _pooled_axes(op: Op) -> set[int]:
+    """The axes over which a pooling or depthwise convolution looks: the last ones, as many as its name says."""
+    rank = len(op.shape)
+    digits = [int(mark[0]) for mark in re.findall(r"[123]d", op.name)]
+    return set(range(rank - digits[0] if digits else 2, rank))
 
 
 def _resampled(tags: Tensor, shape: Shape) -> Tensor | None:
@@ -850,6 +891,10 @@ def _shape(value: Any) -> Shape:
     if isinstance(value, (list, tuple)):
         return (len(value),)
     return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _is_tensor(value: Any) -> bool:
+    return any(map(_is_tensor, value)) if isinstance(value, (list, tuple)) else isinstance(value, Tensor)
 
 
 def _is_floating(value: Any) -> bool:

@@ -58,6 +58,7 @@ _NAMES: dict[Kind, str] = {
         relu relu6 gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus prelu rrelu
         softsign tanhshrink softshrink hardshrink logsigmoid log_sigmoid threshold exp exp2 log log1p log2 expm1 sqrt rsqrt square
         pow ipow abs sign sin cos erf reciprocal clamp clamp_min clamp_max clip maximum minimum floor round where nan_to_num
+        gt ge lt le eq ne logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not isnan isinf isfinite
     """,
     Kind.PRODUCT: "mul multiply div divide true_divide truediv imul itruediv addcmul addcdiv",
     Kind.NORM: """

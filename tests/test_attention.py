@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -15,6 +16,8 @@ import pe_fx
 
 hit = partial(assert_hit, kind="attention")
 miss = partial(assert_miss, kind="attention")
+
+Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 D, HEADS, HEAD = 8, 2, 4
 X = torch.randn(2, 5, D)
@@ -73,7 +76,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 CORES = [sdpa, by_hand, by_bmm, by_einsum, transposed, masked, filled, causal]
 
 
-def fused(core=sdpa, **members) -> Net:
+def fused(core: Core = sdpa, **members: nn.Module | Tensor) -> Net:
     def forward(m: Net, x: Tensor) -> Tensor:
         q, k, v = m.qkv(x).unflatten(-1, (3, HEADS, HEAD)).permute(2, 0, 3, 1, 4).unbind(0)
         return m.proj(joined(core(q, k, v)))
@@ -81,7 +84,7 @@ def fused(core=sdpa, **members) -> Net:
     return Net(forward, **{"qkv": linear(D, 3 * D), "proj": linear(D, D), **members})
 
 
-def separate(core=sdpa, **members) -> Net:
+def separate(core: Core = sdpa, **members: nn.Module | Tensor) -> Net:
     def forward(m: Net, x: Tensor) -> Tensor:
         return m.out(joined(core(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)))))
 
@@ -92,12 +95,12 @@ def separate(core=sdpa, **members) -> Net:
 
 
 @pytest.mark.parametrize("core", CORES, ids=lambda core: core.__name__)
-def test_separate(core) -> None:
+def test_separate(core: Core) -> None:
     hit(separate(core), X, *SEPARATE)
 
 
 @pytest.mark.parametrize("core", [sdpa, by_hand, by_bmm, by_einsum], ids=lambda core: core.__name__)
-def test_fused_qkv(core) -> None:
+def test_fused_qkv(core: Core) -> None:
     hit(fused(core), X, *FUSED)
 
 
@@ -149,7 +152,7 @@ def rotate_pairs(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rotate", [rotate_half, rotate_pairs], ids=["halves", "pairs"])
-def test_rotary_embedding(rotate) -> None:
+def test_rotary_embedding(rotate: Callable[[Tensor], Tensor]) -> None:
     def rotary(x: Tensor) -> Tensor:
         angles = torch.arange(x.shape[-2])[:, None] / 10.0 ** torch.arange(HEAD)
         return x * angles.cos() + rotate(x) * angles.sin()
@@ -356,6 +359,48 @@ def test_multihead_attention_with_keys_of_another_width() -> None:
     hit(net, (X, torch.randn(2, 7, 6)), "attn.out_proj.weight ← attn.q_proj_weightᵀ")
 
 
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_multihead_attention_with_a_token_added_to_keys_and_values(option: str) -> None:
+    attn = nn.MultiheadAttention(D, HEADS, batch_first=True, **{option: True})
+    net = Net(lambda m, x: m.attn(x, x, x, need_weights=False)[0], attn=attn)
+    hit(net, X, "attn.in_proj_weight[16:24] ← attn.in_proj_weight[8:16]ᵀ", "attn.out_proj.weight ← attn.in_proj_weight[0:8]ᵀ")
+
+
+def test_key_padding_mask() -> None:
+    net = Net(lambda m, x, mask: m.attn(x, x, x, key_padding_mask=mask)[0], attn=nn.MultiheadAttention(D, HEADS, batch_first=True))
+    mask = torch.arange(5).expand(2, 5) > 3
+    hit(net, (X, mask), "attn.in_proj_weight[16:24] ← attn.in_proj_weight[8:16]ᵀ", "attn.out_proj.weight ← attn.in_proj_weight[0:8]ᵀ")
+
+
+@pytest.mark.parametrize("core", [sdpa, by_hand])
+def test_one_query(core: Core) -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.out(joined(core(heads(m.q(x[:, :1])), heads(m.k(x)), heads(m.v(x)))))
+
+    hit(Net(forward, q=linear(D, D), k=linear(D, D), v=linear(D, D), out=linear(D, D)), X, *SEPARATE)
+    hit(separate(core), torch.randn(1, 1, D), *SEPARATE)
+
+
+def test_output_gated_by_the_input() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.out(joined(sdpa(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)))) * m.gate(x).sigmoid())
+
+    hit(Net(forward, **{name: linear(D, D) for name in ("q", "k", "v", "out", "gate")}), X, *SEPARATE)
+
+
+def test_bare_parameters_of_one_module() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = x + joined(sdpa(heads(x @ m.q), heads(x @ m.k), heads(x @ m.v))) @ m.o
+        return x + (x @ m.a).relu() @ m.b
+
+    net = Net(forward, q=weight(D, D), k=weight(D, D), v=weight(D, D), o=weight(D, D), a=weight(D, 16), b=weight(16, D))
+    made = pe_fx.plan(net, X)
+    assert set(ties(made)) == {"v ← kᵀ", "o ← qᵀ", "b ← aᵀ"}
+    tied = pe_fx.apply(net, made)
+    assert list(tied.state_dict()) == ["q", "k", "a"]
+    assert_equals_twin(net, tied, made, X)
+
+
 def test_transformer_encoder_layer() -> None:
     net = nn.TransformerEncoderLayer(D, HEADS, 16, batch_first=True)
     made = pe_fx.plan(net, X)
@@ -480,12 +525,31 @@ def test_frozen_beside_trained_leaves_the_other_tie(frozen: str, left: str) -> N
 
 
 @pytest.mark.parametrize("register", [parametrizations.weight_norm, parametrizations.orthogonal, parametrizations.spectral_norm])
-def test_parametrized(register) -> None:
+def test_parametrized(register: Callable[[nn.Module], object]) -> None:
     net = separate()
     register(net.v)
     made = pe_fx.plan(net, X)
     assert not any("v" in str(tie) for tie in made.ties)
     assert any("parametri" in found.reason for found in made.misses), made.explain()
+
+
+def test_read_by_a_penalty_leaves_the_other_tie() -> None:
+    added = Net(lambda m, x: m.attn(x).sum() + m.attn.v.weight.square().sum(), attn=separate())
+    returned = Net(lambda m, x: (m.attn(x), m.attn.out.weight.square().sum()), attn=separate())
+    for net, read, left in ((added, "v", "attn.out.weight ← attn.q.weightᵀ"), (returned, "out", "attn.v.weight ← attn.k.weightᵀ")):
+        made = pe_fx.plan(net, X)
+        assert ties(made) == [left]
+        assert any(f"attn.{read}.weight is read by" in found.reason for found in made.misses), made.explain()
+
+
+def test_keys_and_values_joined_with_others() -> None:
+    def forward(m: Net, x: Tensor, cache: Tensor) -> Tensor:
+        k, v = (torch.cat((cache, heads(part(x))), 2) for part in (m.k, m.v))
+        return m.out(joined(sdpa(heads(m.q(x)), k, v)))
+
+    net = Net(forward, **{name: linear(D, D) for name in ("q", "k", "v", "out")})
+    made = pe_fx.plan(net, (X, torch.randn(2, HEADS, 3, HEAD)))
+    assert ties(made) or any("k.weight" in found.weights for found in made.misses), made.explain()
 
 
 def test_value_weight_shared_with_an_embedding() -> None:

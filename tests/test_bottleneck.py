@@ -348,7 +348,10 @@ def test_space_to_depth_mixes_positions_into_channels() -> None:
     assert not pe_fx.plan(net, X).sites
 
 
-def test_transposed_convolution_end() -> None:
-    net = nn.Sequential(conv(16, 8), nn.ReLU(), conv(8, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 16, 1))
+@pytest.mark.parametrize("end", [0, 4])
+def test_transposed_convolution_end(end: int) -> None:
+    net = nn.Sequential(conv(16, 8), nn.ReLU(), conv(8, 8, 3), nn.ReLU(), conv(8, 16))
+    net[end] = nn.ConvTranspose2d(net[end].in_channels, net[end].out_channels, 1)
     made = pe_fx.plan(net, X)
+    assert made.sites or any("transpose" in found.reason for found in made.misses), made.explain()
     assert_equals_twin(net, pe_fx.apply(net, made), made, X)

@@ -69,12 +69,24 @@ def test_swish_written_out() -> None:
     hit(pair(lambda m, x: m.fc2((h := m.fc1(x)) * h.sigmoid())), X, "fc2.weight ← fc1.weightᵀ")
 
 
+@pytest.mark.parametrize(
+    "relu", [lambda h: h * (h > 0), lambda h: h.masked_fill(h < 0, 0), lambda h: h.where(h > 0, 0.1 * h)], ids=["mask", "fill", "where"]
+)
+def test_relu_by_comparison(relu: Callable[[Tensor], Tensor]) -> None:
+    hit(pair(lambda m, x: m.fc2(relu(m.fc1(x)))), X, "fc2.weight ← fc1.weightᵀ")
+
+
 def test_no_bias() -> None:
     hit(nn.Sequential(linear(8, 16, False), nn.GELU(), linear(16, 8, False)), X, "2.weight ← 0.weightᵀ")
 
 
 def test_narrow_middle() -> None:
     hit(nn.Sequential(linear(8, 4), nn.ReLU(), linear(4, 8)), X, "2.weight ← 0.weightᵀ")
+
+
+@pytest.mark.parametrize("width", [1, 8])
+def test_middle_of_one(width: int) -> None:
+    hit(nn.Sequential(linear(width, 1), nn.ReLU(), linear(1, width)), torch.randn(3, width), "2.weight ← 0.weightᵀ")
 
 
 def test_square() -> None:
@@ -99,6 +111,27 @@ def test_matmul_with_weights_in_by_out() -> None:
 
 def test_matmul_with_transposed_weights() -> None:
     hit(Net(lambda m, x: (x @ m.a.t()).relu() @ m.b.mT, a=weight(16, 8), b=weight(8, 16)), X, "b ← aᵀ")
+
+
+def test_tensordot() -> None:
+    net = Net(lambda m, x: torch.tensordot(torch.tensordot(x, m.a, 1).relu(), m.b, 1), a=weight(8, 16), b=weight(16, 8))
+    hit(net, X, "b ← aᵀ")
+
+
+def test_weight_scaled_before_use() -> None:
+    net = Net(lambda m, x: F.linear(F.linear(x, 0.5 * m.a).relu(), 2 * m.b), a=weight(16, 8), b=weight(8, 16))
+    hit(net, X, "b ← aᵀ")
+
+
+def test_weights_dtype_read() -> None:
+    hit(pair(lambda m, x: m.fc2(m.fc1(x.to(m.fc1.weight.dtype)).relu().to(m.fc2.weight.dtype))), X, "fc2.weight ← fc1.weightᵀ")
+
+
+def test_checkpointed() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(lambda y: m.fc2(m.fc1(y).relu()), x, use_reentrant=False)
+
+    hit(pair(forward), X, "fc2.weight ← fc1.weightᵀ")
 
 
 def test_weight_times_value() -> None:
@@ -390,6 +423,17 @@ def test_hidden_returned(forward: Callable[..., object]) -> None:
     miss(pair(forward), X, r"read elsewhere.*returned|returned", weights=("fc1.weight", "fc2.weight"))
 
 
+def test_hidden_read_through_indices() -> None:
+    net = pair(lambda m, x: m.fc2(h := m.fc1(x).relu()) + m.embedding(h.argmax(-1)))
+    net.embedding = nn.Embedding(16, 8)
+    miss(net, X, r"read elsewhere", weights=("fc1.weight", "fc2.weight"))
+
+
+def test_hidden_read_through_a_mask() -> None:
+    net = pair(lambda m, x: m.fc2(h := m.fc1(x).relu()) * (h > 0).any(-1, keepdim=True))
+    miss(net, X, r"read elsewhere", weights=("fc1.weight", "fc2.weight"))
+
+
 def test_value_from_elsewhere_added() -> None:
     net = Net(lambda m, x, y: m.fc2(m.fc1(x).relu() + y), fc1=linear(8, 16), fc2=linear(16, 8))
     assert not pe_fx.plan(net, (X, torch.randn(3, 5, 16))).sites
@@ -525,6 +569,27 @@ def test_hidden_channels_in_another_order() -> None:
 
 def test_hidden_channels_flipped() -> None:
     miss(pair(lambda m, x: m.fc2(m.fc1(x).relu().flip(-1))), X, r"another order", weights=("fc1.weight", "fc2.weight"))
+
+
+def test_rows_of_the_weight_in_another_order() -> None:
+    net = Net(lambda m, x: F.linear(F.linear(x, m.a.flip(0)).relu(), m.b), a=weight(16, 8), b=weight(8, 16))
+    assert not pe_fx.plan(net, X).sites
+
+
+def test_pooling_over_the_hidden_dimension() -> None:
+    net = pair(lambda m, x: m.fc2(F.avg_pool1d(m.fc1(x).relu(), 3, 1, 1)))
+    miss(net, X, r"pool|mixes|another axis", weights=("fc1.weight", "fc2.weight"))
+
+
+def test_part_of_a_weight() -> None:
+    net = Net(lambda m, x: F.linear(F.linear(x, m.a[:16]).relu(), m.b), a=weight(20, 8), b=weight(8, 16))
+    miss(net, X, r"part of a|not transposes")
+
+
+@pytest.mark.parametrize("between", ["cumsum", "sort"])
+def test_operation_that_is_not_followed(between: str) -> None:
+    net = pair(lambda m, x: m.fc2(h if isinstance(h := getattr(m.fc1(x).relu(), between)(-1), Tensor) else h[0]))
+    miss(net, X, rf"passes {between}", weights=("fc1.weight", "fc2.weight"))
 
 
 def test_linear_over_tokens() -> None:

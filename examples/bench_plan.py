@@ -1,0 +1,74 @@
+"""What planning costs beside capture, and how it grows with depth:  python examples/bench_plan.py
+
+Prints, for DeiT-S and ResNet50, the median time of matching (everything that `pe_fx.plan` does after the graph is captured) as a
+share of the capture, and for vision transformers of 24 and 96 layers the ratio of their matching times. All are measured in turns
+in one process, so that the ratios hold on a noisy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import timm
+from torch import nn
+from tqdm import tqdm
+
+from pe_fx.capture import Captured, capture
+from pe_fx.flow import Flow
+from pe_fx.passes import find
+from pe_fx.passes.stage import share_stages
+from pe_fx.ties import table
+
+
+def vit(depth: int) -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", depth=depth, embed_dim=64, num_heads=2)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "deit_small_patch16_224": lambda: timm.create_model("deit_small_patch16_224"),
+    "resnet50": lambda: timm.create_model("resnet50"),
+    "vit, 24 layers": lambda: vit(24),
+    "vit, 96 layers": lambda: vit(96),
+}
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def match(captured: Captured) -> None:
+    flow = Flow(captured)
+    sites, misses = find(flow)
+    share_stages(flow, sites, misses, ("bottleneck",), "keep", lambda found: True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    models = {name: build() for name, build in MODELS.items()}
+    graphs = {name: capture(model) for name, model in models.items()}
+    for graph in graphs.values():
+        match(graph)
+    captures: dict[str, list[float]] = {name: [] for name in models}
+    matches: dict[str, list[float]] = {name: [] for name in models}
+    for _ in tqdm(range(options.repeats), desc="rounds"):
+        for name, model in models.items():
+            captures[name].append(seconds(lambda model=model: capture(model)))  # type: ignore[misc]
+            matches[name].append(seconds(lambda graph=graphs[name]: match(graph)))  # type: ignore[misc]
+    rows = [
+        (name, f"{len(graphs[name].graph.nodes):,}", f"{100 * statistics.median(matches[name]) / statistics.median(captures[name]):.1f} %")
+        for name in models
+    ]
+    print(table(("model", "nodes", "matching / capture"), rows))
+    growth = statistics.median(matches["vit, 96 layers"]) / statistics.median(matches["vit, 24 layers"])
+    print(f"\n96 layers / 24 layers: {growth:.2f} times the matching")
+
+
+if __name__ == "__main__":
+    main()
