@@ -17,14 +17,15 @@ from torch import nn
 from tqdm import tqdm
 
 from pe_fx.capture import Captured, capture
-from pe_fx.flow import Flow
+from pe_fx.flow import Flow, one_thread
 from pe_fx.passes import find
 from pe_fx.passes.stage import share_stages
 from pe_fx.ties import table
 
 
 def vit(depth: int) -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", depth=depth, embed_dim=64, num_heads=2)
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", depth=depth, embed_dim=64, num_heads=2)
+    return model
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -42,9 +43,10 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def match(captured: Captured) -> None:
-    flow = Flow(captured)
-    sites, misses = find(flow)
-    share_stages(flow, sites, misses, ("bottleneck",), "keep", lambda found: True)
+    with one_thread():
+        flow = Flow(captured)
+        sites, misses = find(flow)
+        share_stages(flow, sites, misses, ("bottleneck",), "keep", lambda found: True)
 
 
 def main() -> None:

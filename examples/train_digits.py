@@ -46,7 +46,7 @@ class Digits:
     def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch in random order; the rest that fills no batch is left out."""
         order = torch.randperm(len(self), generator=generator)
-        for rows in order[: len(self) // BATCH * BATCH].to(self.labels.device).split(BATCH):
+        for rows in order[: len(self) // BATCH * BATCH].to(self.labels.device).view(-1, BATCH):
             yield self.images[rows], self.labels[rows]
 
 
@@ -91,7 +91,7 @@ class Learner:
     def learn(self, images: Tensor, labels: Tensor) -> None:
         self.model.train()
         self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(images), labels).backward()
+        torch.autograd.backward(nn.functional.cross_entropy(self.model(images), labels))
         self.optimizer.step()
         self.schedule.step()
 
@@ -107,13 +107,13 @@ Runs = dict[str, list[Learner]]
 
 
 def vit() -> nn.Module:
-    return VisionTransformer(
-        img_size=8, patch_size=2, in_chans=1, embed_dim=64, depth=4, num_heads=4, num_classes=10, weight_init="moco"
-    )  # fmt: skip
+    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    model: nn.Module = VisionTransformer(**shape, num_classes=10, weight_init="moco")
+    return model
 
 
 def resnet() -> nn.Module:
-    model = ResNet(Bottleneck, layers=(2, 2, 2), channels=(16, 32, 64), num_classes=10, in_chans=1)
+    model: nn.Module = ResNet(Bottleneck, layers=(2, 2, 2), channels=(16, 32, 64), num_classes=10, in_chans=1)
     # The 7x7 stem with stride 2 and a fourth stage would leave nothing of 8x8 pixels.
     model.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
     model.layer4 = nn.Identity()
@@ -226,8 +226,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.plot.parent.is_dir():
         parser.error(f"--plot: there is no directory {args.plot.parent}")
-    # Such small tensors gain nothing from more threads.
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    # The tensors are too small to share: threads would mostly wait for each other.
+    torch.set_num_threads(1)
     if args.quick:
         args.seeds, args.epochs = 1, QUICK_EPOCHS
     results = train_all(args.device, args.seeds, args.epochs)

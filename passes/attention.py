@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -74,7 +75,7 @@ class Part:
     weight: Weight
     channels: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def block(self) -> Block:
         return self.weight.of_channels(self.channels)
 
@@ -94,7 +95,7 @@ class Roles:
     def parts(self) -> list[Part]:
         return [part for part in (self.q, self.k, self.v, self.proj) if part is not None]
 
-    @property
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(part.weight.name for part in self.parts))
 

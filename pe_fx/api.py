@@ -16,7 +16,7 @@ from torch import fx, nn
 from pe_fx.capture import Captured, ExampleInputs, capture
 from pe_fx.entry import widen_params
 from pe_fx.errors import NoSitesWarning, PeFxError
-from pe_fx.flow import Flow
+from pe_fx.flow import Flow, one_thread
 from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.rewrite import INITS, rewrite_graph, rewrite_modules
@@ -49,15 +49,16 @@ def plan(
     chosen = _checked_rules(rules)
     options = _checked_options(share=share, entry=entry, include=include, exclude=exclude)
     captured = _canonical(capture(model, example_inputs), model)
-    flow = Flow(captured)
-    custom = [rule for rule in chosen if rule not in DEFAULT_RULES]
-    sites, misses = find(flow, (*custom, *DEFAULT_RULES))
     kinds = {rule.kind for rule in chosen}
 
     def wanted(found: Site | Miss) -> bool:
         return found.kind in kinds and _selected(found, include, exclude)
 
-    sites, misses = share_stages(flow, filter(wanted, sites), filter(wanted, misses), share, entry, wanted)
+    custom = [rule for rule in chosen if rule not in DEFAULT_RULES]
+    with one_thread():
+        flow = Flow(captured)
+        sites, misses = find(flow, (*custom, *DEFAULT_RULES))
+        sites, misses = share_stages(flow, filter(wanted, sites), filter(wanted, misses), share, entry, wanted)
     sites, refused = _tieable(sites, model)
     shapes = captured.shapes()
     numel = {name: math.prod(shape) for name, shape in shapes.items()} | {name: p.numel() for name, p in model.named_parameters()}

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import re
+import string
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from pe_fx.capture import Captured, value_of
 from pe_fx.ops import KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place, is_pure_move
-from pe_fx.ties import Block, Shape
+from pe_fx.ties import Block, Shape, length
 
 _STATIC_KINDS = {Kind.VIEW, Kind.POINTWISE, Kind.PRODUCT, Kind.NORM, Kind.REDUCE, Kind.NONLINEAR, Kind.CONSTANT}
 
@@ -54,7 +55,7 @@ class Weight:
 
     @property
     def inputs(self) -> int:
-        return self.block.shape[self.in_dim]
+        return length(self.block.ranges[self.in_dim])
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -133,6 +134,17 @@ class Channels:
     mixed: bool = False
     uniform: bool = False
     lost: str = ""
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Tags are small tensors: on a busy machine threads spend ten times as long waiting for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Flow:
@@ -408,12 +420,25 @@ def product_labels(op: Op) -> tuple[str, str, str] | None:
             _spelled_out(term, None if factor is None else len(factor.shape)) for term, factor in zip(terms, factors(op), strict=True)
         ]
         return spelled[0], spelled[1], _spelled_out(result, len(op.shape))
+    if op.name == "tensordot":
+        return _tensordot_labels(op)
     rank = len(op.shape)
     ranks = [rank if factor is None else len(factor.shape) for factor in factors(op)]
     if op.name in ("mv", "addbmm") or len(ranks) < 2 or min(ranks) < 2:
         return None
     batch = "".join(chr(ord("A") + axis) for axis in range(rank - 2))
     return batch[rank - ranks[0] :] + "mk", batch[rank - ranks[1] :] + "kn", batch + "mn"
+
+
+def _tensordot_labels(op: Op) -> tuple[str, str, str]:
+    left, right = (len(_shape(value_of(argument))) for argument in op.node.args[:2])  # type: ignore[arg-type]
+    dims: Any = op.node.args[2:4] or (op.node.kwargs.get("dims", 2),)
+    pairs = (range(-dims[0], 0), range(dims[0])) if isinstance(dims[0], int) else dims if len(dims) == 2 else dims[0]
+    first, second = string.ascii_lowercase[:left], list(string.ascii_uppercase[:right])
+    for a, b in zip(*pairs, strict=True):
+        second[b] = first[a]
+    summed = {first[a] for a in pairs[0]}
+    return first, "".join(second), "".join(label for label in (*first, *second) if label not in summed)
 
 
 def _spelled_out(term: str, rank: int | None) -> str:

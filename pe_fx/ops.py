@@ -7,6 +7,8 @@ base names, so the table is keyed by those.
 from __future__ import annotations
 
 import enum
+import functools
+from typing import Any
 
 import torch
 from torch import fx
@@ -41,7 +43,7 @@ _NAMES: dict[Kind, str] = {
     Kind.PROJECTION: "linear addmm grouped_mm scaled_grouped_mm grouped_mm_fallback",
     Kind.CONV: "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d",
     Kind.ATTEND: "scaled_dot_product_attention",
-    Kind.MATMUL: "matmul mm bmm baddbmm addbmm einsum mv",
+    Kind.MATMUL: "matmul mm bmm baddbmm addbmm einsum tensordot mv",
     Kind.SOFTMAX: "softmax log_softmax",
     Kind.VIEW: """
         view reshape flatten unflatten permute transpose t numpy_t mt movedim moveaxis swapaxes swapdims squeeze unsqueeze expand
@@ -87,7 +89,11 @@ def base_name(node: fx.Node) -> str:
     >>> [base_name(node) for node in graph.nodes if node.op.startswith("call")]
     ['add', 'relu']
     """
-    target = node.target
+    return _base_name(node.target)
+
+
+@functools.cache
+def _base_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target).split(".")[1].strip("_").lower()
     return (target if isinstance(target, str) else getattr(target, "__name__", str(target))).strip("_").lower()
@@ -95,14 +101,17 @@ def base_name(node: fx.Node) -> str:
 
 def is_in_place(node: fx.Node) -> bool:
     """Whether the operation writes its result into its first operand."""
-    target = node.target
+    return node.kwargs.get("inplace") is True or _is_in_place(node.target)
+
+
+@functools.cache
+def _is_in_place(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         arguments = target._schema.arguments
         alias = arguments[0].alias_info if arguments else None
         return alias is not None and alias.is_write
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    in_place_keyword = node.kwargs.get("inplace") is True
-    return in_place_keyword or name in ("iadd", "isub", "imul", "itruediv", "setitem") or (name.endswith("_") and not name.endswith("__"))
+    return name in ("iadd", "isub", "imul", "itruediv", "setitem") or (name.endswith("_") and not name.endswith("__"))
 
 
 def is_pure_move(node: fx.Node) -> bool:

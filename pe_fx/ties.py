@@ -26,7 +26,10 @@ def to_ranges(positions: Iterable[int]) -> Ranges:
     ((0, 2), (4, 6), (9, 10))
     """
     ranges: list[tuple[int, int]] = []
-    for position in sorted(set(positions)):
+    ordered = sorted(set(positions))
+    if ordered and ordered[-1] - ordered[0] == len(ordered) - 1:
+        return ((ordered[0], ordered[-1] + 1),)
+    for position in ordered:
         if ranges and ranges[-1][1] == position:
             ranges[-1] = (ranges[-1][0], position + 1)
         else:
