@@ -193,7 +193,9 @@ def _canonical(captured: Captured, model: nn.Module) -> Captured:
     """Names each weight by its first name: a module registered twice has one name in the plan."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     every = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return Captured(captured.graph, {node: every.get(name, name) for node, name in captured.weights.items()}, captured.inputs)
+    return Captured(
+        captured.graph, {node: every.get(name, name) for node, name in captured.weights.items()}, captured.inputs, captured.example_inputs
+    )
 
 
 def _selected(found: Site | Miss, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:

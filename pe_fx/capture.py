@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from pe_fx.errors import CaptureError
 from pe_fx.ops import base_name
@@ -28,11 +27,13 @@ ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Captured:
-    """A flat graph; for each node that reads a parameter the parameter's name; and the nodes that are the caller's inputs."""
+    """A flat graph; for each node that reads a parameter the parameter's name; the nodes that are the caller's inputs; and
+    the example inputs that fitted."""
 
     graph: fx.Graph
     weights: dict[fx.Node, str]
     inputs: set[fx.Node]
+    example_inputs: ExampleInputs | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter that the graph reads."""
@@ -54,34 +55,37 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
     """
     if isinstance(model, fx.GraphModule) and _has_values(model.graph):
         return _read(model)
-    args, kwargs = as_arguments(derive_inputs(model) if example_inputs is None else example_inputs)
     _refuse(model)
-    errors = []
-    for training in (True, False):
-        try:
-            with _quiet(), _rng_untouched():
-                program = torch.export.export(_Flattened(_sharing_copy(model).train(training)), args, kwargs, strict=False)
-        except Exception as error:  # whatever a user's forward raises
-            errors.append(error)
-            log.debug("export with training=%s failed", training, exc_info=True)
-        else:
-            return _labelled(program)
-    shapes = pytree.tree_map(lambda value: tuple(value.shape) if isinstance(value, Tensor) else value, (args, kwargs))
+    errors: list[Exception] = []
+    for inputs in derive_inputs(model) if example_inputs is None else [example_inputs]:
+        args, kwargs = as_arguments(inputs)
+        for training in (True, False):
+            try:
+                with _quiet(), _rng_untouched():
+                    program = torch.export.export(_Flattened(_sharing_copy(model).train(training)), args, kwargs, strict=False)
+            except Exception as error:  # whatever a user's forward raises
+                errors.append(error)
+                log.debug("export with training=%s failed", training, exc_info=True)
+            else:
+                return _labelled(program, inputs)
+    if not errors:
+        raise CaptureError(f"no example inputs can be derived for {type(model).__name__}: pass example_inputs")
+    shapes = [f"{key} {tuple(value.shape)}" for key, value in enumerate_tensors(as_arguments(inputs))]
+    origin = "inputs derived from it, the last being" if example_inputs is None else "the inputs given,"
     hint = "pass example_inputs" if example_inputs is None else "check that model(*example_inputs) runs"
-    origin = "derived inputs" if example_inputs is None else "the inputs given"
     raise CaptureError(
-        f"{type(model).__name__} could not be captured with {origin} {shapes}: {_first_line(errors[0])}\n"
+        f"{type(model).__name__} could not be captured with {origin} {', '.join(shapes) or 'no tensors'}: {_first_line(errors[0])}\n"
         f"(in eval mode: {_first_line(errors[1])}); {hint}: a tensor, a tuple of positional or a dict of keyword arguments"
     ) from errors[0]
 
 
-def _labelled(program: torch.export.ExportedProgram) -> Captured:
+def _labelled(program: torch.export.ExportedProgram, inputs: ExampleInputs) -> Captured:
     signature = program.graph_signature
     names = {key: name.removeprefix("model.") for key, name in signature.inputs_to_parameters.items()}
     graph = inline_regions(program.graph_module)
     placeholders = graph.find_nodes(op="placeholder")
     weights = {node: names[node.name] for node in placeholders if node.name in names}
-    return Captured(graph, weights, {node for node in placeholders if node.name in signature.user_inputs})
+    return Captured(graph, weights, {node for node in placeholders if node.name in signature.user_inputs}, inputs)
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -96,28 +100,41 @@ def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[s
     return (example_inputs,), {}
 
 
-def derive_inputs(model: nn.Module) -> ExampleInputs:
-    """Inputs that should fit: timm's `pretrained_cfg`, transformers' `dummy_inputs`, else the first layer's shape.
+IMAGE_SIZES = (224, 64, 32, 256, 128, 96, 160, 192, 288, 384, 448, 512)
+LENGTHS = (64, 16, 1024, 16000)
 
-    >>> derive_inputs(nn.Linear(3, 5)).shape
+
+def derive_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
+    """Inputs that may fit, the likeliest first: timm's `pretrained_cfg`, transformers' `dummy_inputs`, the first layer's shape.
+
+    >>> next(derive_inputs(nn.Linear(3, 5))).shape
     torch.Size([2, 3])
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it is
+
+    def random_like(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(like)
+
     configuration = getattr(model, "pretrained_cfg", None)
     if isinstance(configuration, Mapping) and "input_size" in configuration:
-        return like.new_zeros(2, *configuration["input_size"])
+        yield random_like(2, *configuration["input_size"])
     with contextlib.suppress(Exception):  # a property of a user's model may raise anything
         dummy = model.dummy_inputs
         if isinstance(dummy, Mapping):
-            return {key: value.to(like.device) if isinstance(value, Tensor) else value for key, value in dummy.items()}
+            yield {key: value.to(like.device) if isinstance(value, Tensor) else value for key, value in dummy.items()}
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            return like.new_zeros(2, module.in_features)
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return like.new_zeros(2, module.in_channels, *[64] * len(module.kernel_size))
-        if isinstance(module, nn.Embedding):
-            return torch.zeros(2, 16, dtype=torch.long, device=like.device)
-    raise CaptureError(f"no example inputs can be derived for {type(model).__name__}: pass example_inputs")
+            yield random_like(2, module.in_features)
+            yield random_like(2, 16, module.in_features)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            for size in LENGTHS if isinstance(module, nn.Conv1d) else IMAGE_SIZES:
+                yield random_like(2, module.in_channels, *[size] * len(module.kernel_size))
+        elif isinstance(module, nn.Embedding):
+            yield torch.randint(module.num_embeddings, (2, 16), generator=generator).to(like.device)
+        else:
+            continue
+        return
 
 
 def inline_regions(gm: fx.GraphModule) -> fx.Graph:
@@ -224,6 +241,17 @@ class _Flattened(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         return tensors_in(self.model(*args, **kwargs))
+
+
+def enumerate_tensors(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    """The tensors among positional and keyword arguments, with their places.
+
+    >>> [name for name, _ in enumerate_tensors(((torch.ones(1), 2), {"mask": torch.ones(1)}))]
+    ['0', 'mask']
+    """
+    args, kwargs = arguments
+    named = [*((str(i), value) for i, value in enumerate(args)), *kwargs.items()]
+    return [(name, value) for name, value in named if isinstance(value, Tensor)]
 
 
 def tensors_in(value: Any) -> list[Tensor]:

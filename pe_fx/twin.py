@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pe_fx.capture import ExampleInputs, as_arguments, derive_inputs, tensors_in
+from pe_fx.capture import ExampleInputs, as_arguments, capture, tensors_in
 from pe_fx.errors import PeFxError
 from pe_fx.tied import Tied, stored, untie_weights
 from pe_fx.ties import table
@@ -81,7 +81,7 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
     """
     if not any(isinstance(module, Tied) for module in model.modules()):
         raise PeFxError("nothing in this model is tied: pass what pe_fx.transform returned")
-    args, kwargs = as_arguments(derive_inputs(model) if example_inputs is None else example_inputs)
+    args, kwargs = as_arguments(_fitting_inputs(model) if example_inputs is None else example_inputs)
     found: list[Comparison] = []
     for mode, training in (("train", True), ("eval", False)):
         tied, twin = copy.deepcopy(model).train(training), untie(model).train(training)
@@ -92,6 +92,14 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
         pairs = {name: (gradients[name], mapped[name]) for name in mapped if gradients.get(name) is not None or mapped[name] is not None}
         found.append(_largest(mode, "gradients", pairs))
     return Report(tuple(found), tolerance)
+
+
+def _fitting_inputs(model: nn.Module) -> ExampleInputs:
+    """The first of the derived inputs with which the graph can be captured."""
+    found = capture(model).example_inputs
+    if found is None:
+        raise PeFxError("this GraphModule keeps no example inputs: pass example_inputs")
+    return found
 
 
 def _run(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
