@@ -9,18 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pe_fx.flow import (
-    Flow,
-    Op,
-    Weight,
-    arriving,
-    channels_along,
-    channels_in,
-    expand_along,
-    factors,
-    product_labels,
-    varying_axes,
-)
+from pe_fx.channels import arriving, channels_along, channels_in, expand_along, varying_axes
+from pe_fx.flow import Flow
+from pe_fx.operation import Op, Weight, factors, product_labels
 from pe_fx.ops import Kind
 from pe_fx.passes.pairs import common_module, misuse, tie
 from pe_fx.ties import Block, Miss, Site, Tie

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pe_fx.flow import Channels, Flow, Op, Weight, arriving, channels_along, lies_along
+from pe_fx.channels import Channels, arriving, channels_along, lies_along
+from pe_fx.flow import Flow
+from pe_fx.operation import Op, Weight
 from pe_fx.ops import Kind
 from pe_fx.ties import Block, Miss, Site, Tie
 

@@ -1,0 +1,302 @@
+"""Where channels go: numbers sent through operations, views understood by running them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from pe_fx.capture import value_of
+from pe_fx.operation import Op, factors, product_labels, shape_of
+from pe_fx.ops import Kind
+from pe_fx.ties import Shape
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Which channel of the traced origin stands at each position of a value.
+
+    `tags` holds channel number + 1 (0: a channel of something else) in the value's shape, a tuple of such tensors for an
+    operation with several results, or None where the channels were mixed; `lost` then says by what.
+    `uniform`: one number for all channels (their mean, their norm), and so the same along them wherever it is broadcast.
+    `activations` counts the nonlinearities passed. `mixed`: a convolution over channels was passed, since which the tags are its own.
+    """
+
+    tags: Any
+    activations: int = 0
+    mixed: bool = False
+    uniform: bool = False
+    lost: str = ""
+
+
+def arriving(states: dict[Op, Channels], op: Op) -> Channels:
+    """What arrives at the value operand of the projection `op`."""
+    for source in op.inputs:
+        if source in states:
+            return states[source]
+    return Channels(None, lost="nothing of it arrives")
+
+
+def channels_along(tags: Any, axis: int) -> list[int] | None:
+    """The channel at each position of `axis`; None where it depends on the other axes too or is not of the origin.
+
+    >>> channels_along(torch.tensor([[3.0, 1.0], [3.0, 0.0]]), 1)
+    [2, 0]
+    """
+    if not isinstance(tags, Tensor):
+        return None
+    flat = _shrink(tags, keep=axis % tags.dim()).movedim(axis, -1)
+    flat = flat.reshape(-1, flat.shape[-1])
+    largest = flat.amax(0)
+    if not bool(((flat == largest) | (flat == 0)).all()) or not bool((largest > 0).all()):
+        return None
+    return [int(value) - 1 for value in largest.tolist()]
+
+
+def channels_in(tags: Any) -> list[int] | None:
+    """All channels of the origin that a value holds, sorted; None where it holds anything else (beside padding)."""
+    if not isinstance(tags, Tensor):
+        return None
+    present = [int(value) for value in torch.unique(_shrink(tags)).tolist()]
+    return [value - 1 for value in present if value] if min(present) >= 0 and max(present) > 0 else None
+
+
+def varying_axes(tags: Tensor) -> list[int]:
+    """The axes along which the tags differ.
+
+    >>> varying_axes(torch.arange(3.0).expand(2, 3))
+    [1]
+    """
+    small = _shrink(_lazy(tags))
+    return [axis for axis in range(small.dim()) if small.shape[axis] > 1 and not bool((small == small.narrow(axis, 0, 1)).all())]
+
+
+def lies_along(tags: Tensor, axis: int) -> bool:
+    """Whether the channels lie on this axis and on no other.
+
+    >>> lies_along(torch.arange(3.0).expand(2, 3), -1)
+    True
+    """
+    axis %= tags.dim()
+    return varying_axes(tags) == ([axis] if tags.shape[axis] > 1 else [])
+
+
+def expand_along(values: Tensor, shape: Shape, axis: int) -> Tensor:
+    """`values` along `axis`, the same at all other positions, in no memory."""
+    view = [1] * len(shape)
+    view[axis] = -1
+    return values.view(view).expand(shape)
+
+
+def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], joins: bool) -> Channels:
+    known = [states[source] for source in op.inputs if source in states]
+    carrying = [state for state in known if state.tags is not None and not state.uniform]
+    activations = max((state.activations for state in carrying), default=0)
+    mixed = any(state.mixed for state in known)
+    keep = functools.partial(Channels, activations=activations, mixed=mixed, uniform=not carrying)
+    lost = functools.partial(Channels, None)
+    if not known:
+        return lost(lost="nothing of it")
+    if all(state.tags is None for state in known):
+        return known[0]
+    if op in carriers and op.kind in (Kind.MATMUL, Kind.ATTEND):
+        tags = _carried(op, states)
+        return lost(lost=f"the product {op.node.name}") if tags is None else Channels(tags, activations + 1, mixed)
+    if op.name in ("pad", "constant_pad_nd") and isinstance(known[0].tags, Tensor):
+        tags = _resampled(known[0].tags, op.shape)  # padding that widens other axes belongs to the channels it pads
+        if tags is not None:
+            return keep(tags)
+    if op.kind is Kind.VIEW:
+        if any(state.tags is None for state in known):
+            return next(state for state in known if state.tags is None)
+        tags = moved(op, states)
+        return lost(lost=f"{op.name}, whose order of channels could not be followed") if tags is None else keep(tags)
+    if op.kind in (Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.SOFTMAX):
+        return _elementwise(op, states, activations, mixed, joins)
+    first = next(states[source] for source in op.inputs if source in states)
+    if first.tags is None or not isinstance(first.tags, Tensor):
+        return lost(lost=first.lost or op.name)
+    if op.kind is Kind.NORM:
+        return keep(first.tags) if first.tags.shape == op.shape else lost(lost=op.name)
+    if (op.kind is Kind.POOL or op.is_depthwise) and not _pooled_axes(op).isdisjoint(varying_axes(first.tags)):
+        return lost(lost=f"{op.name} over the hidden axis")
+    if op.kind is Kind.POOL or op.is_depthwise:
+        tags = _resampled(first.tags, op.shape)
+        return lost(lost=f"{op.name} over another axis") if tags is None else keep(tags)
+    if op.kind is Kind.REDUCE:
+        tags = _reduced(op, first.tags)
+        if tags is None and isinstance(value_of(op.node), Tensor):
+            return Channels(torch.zeros(1, dtype=torch.float64).expand(op.shape), uniform=True, lost=f"{op.name} over channels")
+        return lost(lost=f"{op.name} over channels") if tags is None else keep(tags)
+    if op.kind is Kind.CONV or (op.is_projection and op in carriers):
+        if op.weight is None or not lies_along(first.tags, op.in_axis):
+            return lost(lost=f"{op.name} over another axis")
+        fresh = torch.arange(1.0, op.shape[op.out_axis] + 1, dtype=torch.float64) + 2.0**24 * (op.index + 1)
+        return Channels(expand_along(fresh, op.shape, op.out_axis), activations + (op in carriers), True)
+    if op.is_projection:
+        return lost(lost=f"{op.weight.name}" if op.weight else "an unnamed weight")
+    return lost(lost=f"{op.name or op.node.name}, an operation that pe_fx does not follow")
+
+
+def _elementwise(op: Op, states: dict[Op, Channels], activations: int, mixed: bool, joins: bool) -> Channels:
+    tagged: list[tuple[Tensor, Channels]] = []
+    others: list[Op] = []
+    for source in op.inputs:
+        state = states.get(source)
+        if state is None or state.tags is None:
+            others.append(source)
+        elif not isinstance(state.tags, Tensor):
+            return Channels(None, lost=op.name)
+        elif not state.uniform:
+            tagged.append((state.tags, state))
+    if not tagged:
+        known = [states[source] for source in op.inputs if source in states]
+        uniform = next((state for state in known if state.tags is not None), known[0])
+        return Channels(torch.zeros(1, dtype=torch.float64).expand(op.shape), uniform=not others, lost=uniform.lost)
+    try:
+        wide = [(tags.expand(op.shape), state) for tags, state in tagged]
+    except RuntimeError:
+        return Channels(None, lost=op.name)
+    best, kept = wide[0]
+    if len(wide) > 1 and not all(tags is tagged[0][0] for tags, _ in tagged):
+        axes = [varying_axes(tags) for tags, _ in wide]
+        full = max(axes, key=len)
+        aligned = [(tags, state) for (tags, state), own in zip(wide, axes, strict=True) if own == full]
+        if any(own and own != full for own in axes):
+            return Channels(None, lost=f"{op.name}, which combines channels in different orders")
+        best, kept = next(((tags, state) for tags, state in aligned if not state.mixed), aligned[0])
+    if op.kind in (Kind.NONLINEAR, Kind.SOFTMAX):
+        return Channels(best, activations + 1, mixed)
+    harmful = [source for source in others if not _constant_along(source.shape, best)] if others else []
+    if op.kind is Kind.PRODUCT:
+        factors_ = sum(not _constant_along(tuple(tags.shape), best) for tags, _ in tagged)
+        inside = any(source in states for source in harmful)
+        return Channels(best, activations + (factors_ > 1 or inside), mixed)
+    if harmful and not joins:
+        why = next((states[source].lost for source in harmful if source in states), "")
+        return Channels(None, lost=why or f"{op.name} with a value from elsewhere")
+    return Channels(best, activations, kept.mixed and mixed)
+
+
+def _constant_along(shape: Shape, tags: Tensor) -> bool:
+    """Whether a value of this shape is broadcast along the axes on which the channels lie."""
+    offset = tags.dim() - len(shape)
+    return all(axis < offset or shape[axis - offset] == 1 for axis in varying_axes(tags))
+
+
+def moved(op: Op, states: dict[Op, Channels]) -> Any:
+    """Runs a view on the tags."""
+    order = iter(op.operands)
+
+    def tags_of(node: fx.Node) -> Any:
+        source = next(order)
+        if source is not None and source in states:
+            return states[source].tags
+        value = value_of(node)
+        return torch.zeros(1, dtype=torch.float64).expand(value.shape) if isinstance(value, Tensor) else value
+
+    args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), tags_of)
+    for copied in (False, True):  # a view that expanded tags refuse may need a copy
+        if copied:
+            args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
+        with contextlib.suppress(RuntimeError, TypeError, IndexError, NotImplementedError):
+            result = _call(op.node.target, args, kwargs)
+            return pytree.tree_map(_lazy, result) if shape_of(result) == op.shape else None
+    return None
+
+
+def _call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
+
+
+def _carried(op: Op, states: dict[Op, Channels]) -> Tensor | None:
+    """The channels of the values that attention averages."""
+    labels = product_labels(op)
+    if labels is None:
+        return None
+    for names, value in reversed(list(zip(labels[:2], factors(op), strict=True))):
+        tags = states[value].tags if value is not None and value in states else None
+        if not isinstance(tags, Tensor) or tags.dim() != len(names):
+            continue
+        summed = [axis for axis, label in enumerate(names) if label not in labels[2]]
+        tags = _lazy(tags)
+        for axis in reversed(summed):
+            largest = tags.amax(axis)
+            if not bool(((tags == largest.unsqueeze(axis)) | (tags == 0)).all()):
+                break
+            tags = largest
+        else:
+            summed = []
+        if summed:
+            continue
+        kept = [label for label in names if label in labels[2]]
+        tags = tags.permute([kept.index(label) for label in labels[2] if label in kept])
+        for axis, label in enumerate(labels[2]):
+            if label not in kept:
+                tags = tags.unsqueeze(axis)
+        try:
+            return tags.expand(op.shape)
+        except RuntimeError:
+            return None
+    return None
+
+
+def _pooled_axes(op: Op) -> set[int]:
+    """The axes over which a pooling or depthwise convolution looks: the last ones, as many as its name says."""
+    rank = len(op.shape)
+    digits = [int(mark[0]) for mark in re.findall(r"[123]d", op.name)]
+    return set(range(rank - digits[0] if digits else 2, rank))
+
+
+def _resampled(tags: Tensor, shape: Shape) -> Tensor | None:
+    """The tags of a value that grew or shrank along axes on which no channels lie."""
+    if tags.dim() != len(shape):
+        return None
+    varying = varying_axes(tags)
+    for axis, size in enumerate(shape):
+        if axis not in varying:
+            tags = tags.narrow(axis, 0, 1)
+        elif tags.shape[axis] != size:
+            return None
+    return tags.expand(shape)
+
+
+def _reduced(op: Op, tags: Tensor) -> Tensor | None:
+    dims = op.node.kwargs.get("dim", op.node.args[1] if len(op.node.args) > 1 else None)
+    if isinstance(dims, int):
+        dims = (dims,)
+    if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
+        return None
+    axes = {int(dim) % tags.dim() for dim in dims}  # type: ignore[arg-type]
+    if not axes.isdisjoint(varying_axes(tags)):
+        return None
+    keepdim = len(op.shape) == tags.dim()
+    for axis in sorted(axes, reverse=True):
+        tags = tags.amax(axis, keepdim=keepdim)
+    return tags if tuple(tags.shape) == op.shape else None
+
+
+def _lazy(tags: Tensor) -> Tensor:
+    """The same tags, repetitions held in no memory even where an operation had to write them out."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tags.stride(), tags.shape, strict=True)):
+        return tags
+    small = tags
+    for axis in range(tags.dim()):
+        first = small.narrow(axis, 0, 1) if small.shape[axis] > 1 else small
+        if first is not small and bool((small == first).all()):
+            small = first
+    return small.expand(tags.shape)
+
+
+def _shrink(tags: Tensor, keep: int = -1) -> Tensor:
+    """The tags without the repetitions that expand() made: stride 0 costs nothing to hold, but much to compare."""
+    for axis in range(tags.dim()):
+        if axis != keep and tags.stride(axis) == 0 and tags.shape[axis] > 1:
+            tags = tags.narrow(axis, 0, 1)
+    return tags
