@@ -181,29 +181,11 @@ class Flow:
 
     def forward(self, start: Op, through: Collection[Kind], until: Callable[[Op], bool]) -> Iterator[Op]:
         """The first operations after `start` for which `until` holds, on ways through operations of the kinds `through`."""
-        seen, stack = {start}, [start]
-        while stack:
-            for user in self.users[stack.pop()]:
-                if user in seen:
-                    continue
-                seen.add(user)
-                if until(user):
-                    yield user
-                elif user.kind in through:
-                    stack.append(user)
+        return _walk(start, self.users.__getitem__, through, until)
 
     def backward(self, start: Op, through: Collection[Kind], until: Callable[[Op], bool]) -> Iterator[Op]:
         """As `forward`, towards the inputs."""
-        seen, stack = {start}, [start]
-        while stack:
-            for source in stack.pop().inputs:
-                if source in seen:
-                    continue
-                seen.add(source)
-                if until(source):
-                    yield source
-                elif source.kind in through:
-                    stack.append(source)
+        return _walk(start, lambda op: op.inputs, through, until)
 
     # ---- where channels go
 
@@ -222,6 +204,19 @@ class Flow:
         for op in (*self.between(start, end), end) if end is not start else ():
             states[op] = transfer(op, states, passing, joins)
         return states
+
+
+def _walk(start: Op, following: Callable[[Op], Iterable[Op]], through: Collection[Kind], until: Callable[[Op], bool]) -> Iterator[Op]:
+    seen, stack = {start}, [start]
+    while stack:
+        for op in following(stack.pop()):
+            if op in seen:
+                continue
+            seen.add(op)
+            if until(op):
+                yield op
+            elif op.kind in through:
+                stack.append(op)
 
 
 def source_along(op: Op, through: Collection[Kind]) -> Op | None:

@@ -20,8 +20,8 @@ class Weight:
     """The parameter behind a weight operand.
 
     `rows[i]` is the position along the parameter's dimension `out_dim` that holds output channel i; `in_dim` is the dimension
-    of the input channels. `kernel` is the spatial extent of a convolution, () for a linear. `computed`: the operand is not a
-    view of the parameter but calculated from it (weight standardisation). `opaque`: calculated from it by something else, named.
+    of the input channels. `kernel` is the spatial extent of a convolution, () for a linear. The operand is a view of the parameter
+    or calculated from it as in weight standardisation; if by anything else, `opaque` names the operation.
     """
 
     block: Block
@@ -30,7 +30,6 @@ class Weight:
     rows: tuple[int, ...]
     kernel: Shape = ()
     groups: int = 1
-    computed: bool = False
     opaque: str = ""
 
     @property

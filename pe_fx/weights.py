@@ -143,7 +143,7 @@ def _view_of_parameter(node: fx.Node, out_label: int, in_label: int, static: Sta
     if full != shape:
         return None
     block = Block.whole(static.name(parameter), full)
-    return Weight(block, out_label, in_label, tuple(range(full[out_label])), kernel, groups, True, _stranger(node, parameter))
+    return Weight(block, out_label, in_label, tuple(range(full[out_label])), kernel, groups, _stranger(node, parameter))
 
 
 def _positions(node: fx.Node, parameter: fx.Node, full: Shape) -> list[Tensor] | None:
