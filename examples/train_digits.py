@@ -6,9 +6,10 @@ deviation over the seeds), and plots the accuracy per epoch. Takes under five mi
 minute.
 
 All variants of a model get one recipe (AdamW, warm-up and cosine schedule), and for each seed the same batches and the same
-start: the tied models are made from the initial dense one. The ViT starts from Xavier's initialisation, q, k and v each by
-itself (timm's "moco"): a tie learns slowly from timm's default, a standard deviation of 0.02. The ResNet starts as timm makes
-it, for its norms take out the scale. Learning rates were chosen on another split than the one used here.
+start: the tied models are made from the initial dense one. The recipes are those with which dense and tied both did well on
+another split of the data. The ViT starts from Xavier's initialisation, q, k and v each by itself (timm's "moco"), with a learned
+gain per channel of its branches (LayerScale) from 0.2; from timm's default, a standard deviation of 0.02, a tie learns slowly. The
+ResNet starts as timm makes it: its norms take out the scale.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import pe_fx
 from pe_fx.ties import table
 
 BATCH = 64
-QUICK_EPOCHS = 3
+QUICK_EPOCHS = 2
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ Runs = dict[str, list[Learner]]
 
 def vit() -> nn.Module:
     shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
-    model: nn.Module = VisionTransformer(**shape, num_classes=10, weight_init="moco")
+    model: nn.Module = VisionTransformer(**shape, num_classes=10, init_values=0.2, weight_init="moco")
     return model
 
 
@@ -121,13 +122,13 @@ def resnet() -> nn.Module:
 
 
 RECIPES = (
-    Recipe("ViT", vit, {"tied": "keep"}, epochs=30, lr=4e-3),
-    Recipe("ResNet", resnet, {"tied": "keep", "tied, slice": "slice", "tied, expand": "expand"}, epochs=12, lr=2e-3),
+    Recipe("ViT", vit, {"tied": "keep"}, epochs=20, lr=5e-3),
+    Recipe("ResNet", resnet, {"tied": "keep", "tied, slice": "slice", "tied, expand": "expand"}, epochs=10, lr=2e-3),
 )
 
 
 def load(device: str) -> tuple[Digits, Digits]:
-    """The training and the test set."""
+    """The training and the test set, pixels from -1 to 1."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32, device=device)[:, None] / 8 - 1
     labels = torch.tensor(digits.target, device=device)
@@ -190,6 +191,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def plot(results: dict[str, Runs], path: Path) -> None:
+    """Per model one panel: the mean over the seeds, and in a lighter shade the range."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True)
     for axes, (model, runs) in zip(panels, results.items(), strict=True):
@@ -201,7 +203,8 @@ def plot(results: dict[str, Runs], path: Path) -> None:
             axes.fill_between(epochs, curves.amin(0), curves.amax(0), color=color, alpha=0.12, linewidth=0)
         axes.set(title=model, xlabel="epoch")
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", frameon=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     last = [learner.accuracies[-1] for runs in results.values() for learners in runs.values() for learner in learners]
     panels[0].set(ylabel="test accuracy, %", ylim=(max(0, min(last) - 15), 100))

@@ -104,7 +104,7 @@ def _cores(flow: Flow) -> Iterator[Core]:
 
 def _value_product(flow: Flow, softmax: Op) -> tuple[Op, Op, Op] | None:
     """The attention map as it meets the values, the values, and their product."""
-    for product in flow.forward(softmax, _SCORES, lambda op: op.kind is Kind.MATMUL):
+    for product in flow.forward(softmax, _SCORES, lambda op: op.kind is Kind.MATMUL, _mixes_heads):
         pair = factors(product)
         for weights, values in (pair, pair[::-1]):
             if weights is not None and values is not None and values is not softmax and not flow.reaches(softmax, values):
@@ -117,7 +117,7 @@ def _score_product(flow: Flow, softmax: Op, weights: Op, values: Op, mix: Op) ->
     labels = product_labels(mix)
     names = labels[0 if factors(mix)[0] is weights else 1] if labels is not None else ""
     averaged = [axis for axis, label in enumerate(names) if labels is not None and label not in labels[2]]
-    for product in sorted(flow.backward(softmax, _SCORES, lambda op: op.kind is Kind.MATMUL), key=lambda op: op.index):
+    for product in sorted(flow.backward(softmax, _SCORES, lambda op: op.kind is Kind.MATMUL, _mixes_heads), key=lambda op: op.index):
         terms = product_labels(product)
         first, second = factors(product)
         if terms is None or first is None or second is None or len(averaged) != 1:
@@ -129,11 +129,18 @@ def _score_product(flow: Flow, softmax: Op, weights: Op, values: Op, mix: Op) ->
     return None
 
 
+def _mixes_heads(op: Op) -> bool:
+    """Whether a weight only mixes the attention maps of several heads ("talking heads")."""
+    return (
+        op.is_projection and op.weight is not None and op.weight.is_matrix and op.weight.inputs == op.weight.outputs and len(op.shape) > 3
+    )
+
+
 def _axis_at(flow: Flow, product: Op, axis: int, value: Op) -> int | None:
     """Where an axis of the product lies in a value made from it."""
     size = product.shape[axis]
     tags = expand_along(torch.arange(1.0, size + 1, dtype=torch.float64), product.shape, axis)
-    state = flow.trace(product, value, tags=tags, joins=True)[value]
+    state = flow.trace(product, value, tags=tags, loosely=True)[value]
     axes = varying_axes(state.tags) if isinstance(state.tags, torch.Tensor) else []
     return axes[0] if len(axes) == 1 else (axis if size == 1 else None)
 
@@ -191,6 +198,7 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles, partners: dict[Op, set
         elif target is not None:
             ties.append(tie(source.weight, target.weight, source.block, target.block))
     flow.carriers.update({core.mix, *(part.op for part in roles.parts)})
+    flow.carriers.update(op for op in flow.between(roles.q.op, core.mix) if _mixes_heads(op))
     if ties:
         yield Site(kind, common_module(roles.names), roles.names, tuple(ties))
     yield from misses

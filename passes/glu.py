@@ -41,7 +41,6 @@ class Glu:
             if reason is not None:
                 yield Miss(self.kind, name, unit.names, reason)
                 continue
-            flow.carriers.update(op for weight in unit.names for op in flow.readers[weight])
             block = unit.up.weight.of_channels(unit.channels)
             yield Site(self.kind, name, unit.names, (tie(unit.up.weight, unit.down, block),))
 

@@ -77,7 +77,7 @@ def match_pairs(flow: Flow, kind: str, accept: Callable[[Pair], bool]) -> Iterat
 
     What is found is one step to the pairs around it: the search is repeated until it finds no more.
     """
-    refused: set[tuple[str, str]] = set()
+    done: set[tuple[str, str]] = set()
     found = True
     while found:
         found = False
@@ -86,15 +86,14 @@ def match_pairs(flow: Flow, kind: str, accept: Callable[[Pair], bool]) -> Iterat
             if pair.is_transposed and accept(pair):
                 groups.setdefault(pair.names, []).append(pair)
         for names, group in groups.items():
-            if names in refused or any(name in flow.claimed for name in names):
+            if names in done or any(name in flow.claimed for name in names):
                 continue
+            done.add(names)
             reason = _group_obstacle(flow, group)
             if reason is None:
                 found = True
-                flow.carriers.update(op for name in names for op in flow.readers[name])
                 yield Site(kind, common_module(names), names, (tie(*group[0].weights),))
             else:
-                refused.add(names)
                 yield Miss(kind, common_module(names), names, reason)
 
 

@@ -54,7 +54,7 @@ def share_stages(
     for kind in dict.fromkeys(kinds):
         entries = {pair: _treated(flow, pair, entry) for pair in entry_pairs(flow)} if kind == "bottleneck" else {}
         entries = {pair: treated for pair, treated in entries.items() if wanted(treated)}
-        stages = _stages(flow, [site for site in result if site.kind == kind], entries)
+        stages = _stages(flow, [site for site in result if site.kind == kind and _is_residual(flow, site)], entries)
         replaced: dict[tuple[str, ...], Site] = {}
         for stage in stages:
             for site in _shared(stage):
@@ -70,6 +70,13 @@ def share_stages(
     return result, left
 
 
+def _join(flow: Flow, first: Op, last: Op) -> Op | None:
+    """The sum in which a block's output meets what its input came from: Wᵀ G(W x) + x."""
+    join = next((op for op in flow.inevitable(last) if not flow.dominates(last, op)), None)
+    is_sum = join is not None and join.kind is Kind.POINTWISE and len(join.inputs) == 2
+    return join if is_sum and not (join and flow.dominates(first, join)) else None
+
+
 def _stages(flow: Flow, sites: Iterable[Site], entries: Iterable[Pair]) -> list[_Stage]:
     blocks = [_block(flow, site) for site in sites] + [_Block(pair, pair.first, pair.second) for pair in entries]
     blocks.sort(key=lambda block: block.first.index)
@@ -81,6 +88,12 @@ def _stages(flow: Flow, sites: Iterable[Site], entries: Iterable[Pair]) -> list[
         else:
             stage.blocks.append(block)
     return stages
+
+
+def _is_residual(flow: Flow, site: Site) -> bool:
+    """Only blocks that add to their input are taken for alike; of other kinds than bottlenecks that is not asked."""
+    block = _block(flow, site)
+    return site.kind != "bottleneck" or _join(flow, block.first, block.last) is not None
 
 
 def _block(flow: Flow, site: Site) -> _Block:
@@ -160,11 +173,10 @@ def _shortcut(flow: Flow, pair: Pair, treatment: str) -> Entry | str:
     """The projection shortcut around an entry block, or why there is none to replace."""
     first, second = pair.weights
     source = pair.first.inputs[0]
-    joins = (op for op in flow.inevitable(pair.second) if not flow.dominates(pair.second, op))
-    join = next(joins, None)
+    join = _join(flow, pair.first, pair.second)
     if first.inputs >= second.outputs:
         return "its input is not narrower than its output"
-    if join is None or join.kind is not Kind.POINTWISE or len(join.inputs) != 2:
+    if join is None:
         return "no shortcut is added to its output"
     main = {pair.second, *flow.between(pair.second, join)}
     others = [op for op in join.inputs if op not in main]

@@ -94,7 +94,7 @@ def expand_along(values: Tensor, shape: Shape, axis: int) -> Tensor:
     return values.view(view).expand(shape)
 
 
-def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], joins: bool) -> Channels:
+def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: bool) -> Channels:
     known = [states[source] for source in op.inputs if source in states]
     carrying = [state for state in known if state.tags is not None and not state.uniform]
     activations = max((state.activations for state in carrying), default=0)
@@ -118,7 +118,7 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], joins: bool)
         tags = moved(op, states)
         return lost(lost=f"{op.name}, whose order of channels could not be followed") if tags is None else keep(tags)
     if op.kind in (Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.SOFTMAX):
-        return _elementwise(op, states, activations, mixed, joins)
+        return _elementwise(op, states, activations, mixed, loosely)
     first = next(states[source] for source in op.inputs if source in states)
     if first.tags is None or not isinstance(first.tags, Tensor):
         return lost(lost=first.lost or op.name)
@@ -139,12 +139,15 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], joins: bool)
             return lost(lost=f"{op.name} over another axis")
         fresh = torch.arange(1.0, op.shape[op.out_axis] + 1, dtype=torch.float64) + 2.0**24 * (op.index + 1)
         return Channels(expand_along(fresh, op.shape, op.out_axis), activations + (op in carriers), True)
+    if op.is_projection and loosely and op.in_axis % len(op.shape) not in varying_axes(first.tags):
+        tags = _resampled(first.tags, op.shape)
+        return lost(lost=op.name) if tags is None else keep(tags)
     if op.is_projection:
         return lost(lost=f"{op.weight.name}" if op.weight else "an unnamed weight")
     return lost(lost=f"{op.name or op.node.name}, an operation that pe_fx does not follow")
 
 
-def _elementwise(op: Op, states: dict[Op, Channels], activations: int, mixed: bool, joins: bool) -> Channels:
+def _elementwise(op: Op, states: dict[Op, Channels], activations: int, mixed: bool, loosely: bool) -> Channels:
     tagged: list[tuple[Tensor, Channels]] = []
     others: list[Op] = []
     for source in op.inputs:
@@ -178,7 +181,7 @@ def _elementwise(op: Op, states: dict[Op, Channels], activations: int, mixed: bo
         factors_ = sum(not _constant_along(tuple(tags.shape), best) for tags, _ in tagged)
         inside = any(source in states for source in harmful)
         return Channels(best, activations + (factors_ > 1 or inside), mixed)
-    if harmful and not joins:
+    if harmful and not loosely:
         why = next((states[source].lost for source in harmful if source in states), "")
         return Channels(None, lost=why or f"{op.name} with a value from elsewhere")
     return Channels(best, activations, kept.mixed and mixed)

@@ -20,6 +20,8 @@ from pe_fx.operation import Op, is_floating, is_tensor, shape_of
 from pe_fx.ops import KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place, is_pure_move
 from pe_fx.weights import Static, attach_weight
 
+Test = Callable[[Op], bool]
+
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
@@ -47,8 +49,10 @@ class Flow:
     # ---- construction
 
     def claim(self, weights: Iterable[str], site: str) -> None:
-        """From here on these weights belong to `site`."""
-        self.claimed.update(dict.fromkeys(weights, site))
+        """From here on these weights belong to `site`, and who applies them is one step to the patterns around it."""
+        for name in weights:
+            self.claimed[name] = site
+            self.carriers.update(op for op in self.readers[name] if op.weight is not None)
 
     def _build(self, captured: Captured) -> None:
         static = Static(captured)
@@ -179,34 +183,35 @@ class Flow:
                     stack.append(user)
         return False
 
-    def forward(self, start: Op, through: Collection[Kind], until: Callable[[Op], bool]) -> Iterator[Op]:
-        """The first operations after `start` for which `until` holds, on ways through operations of the kinds `through`."""
-        return _walk(start, self.users.__getitem__, through, until)
+    def forward(self, start: Op, through: Collection[Kind], until: Test, besides: Test = lambda op: False) -> Iterator[Op]:
+        """The first operations after `start` for which `until` holds, on ways through the kinds `through` and what `besides` takes."""
+        return _walk(start, self.users.__getitem__, lambda op: op.kind in through or besides(op), until)
 
-    def backward(self, start: Op, through: Collection[Kind], until: Callable[[Op], bool]) -> Iterator[Op]:
+    def backward(self, start: Op, through: Collection[Kind], until: Test, besides: Test = lambda op: False) -> Iterator[Op]:
         """As `forward`, towards the inputs."""
-        return _walk(start, lambda op: op.inputs, through, until)
+        return _walk(start, lambda op: op.inputs, lambda op: op.kind in through or besides(op), until)
 
     # ---- where channels go
 
     def trace(
-        self, start: Op, end: Op, *, tags: Tensor | None = None, carriers: Collection[Op] = (), joins: bool = False
+        self, start: Op, end: Op, *, tags: Tensor | None = None, carriers: Collection[Op] = (), loosely: bool = False
     ) -> dict[Op, Channels]:
         """Follows the output channels of `start` through every operation up to and with `end`; maps each to what it then holds.
 
         Views are understood by running them on the tags. `carriers` are matrix products through which the second factor's
-        channels pass (attention's weighted mean of values). Where `joins`, sums with values from elsewhere are followed too.
+        channels pass (attention's weighted mean of values). `loosely`: sums with values from elsewhere and
+        weights over other axes are followed too.
         """
         if tags is None:
             tags = expand_along(torch.arange(1.0, start.shape[start.out_axis] + 1, dtype=torch.float64), start.shape, start.out_axis)
         states = {start: Channels(tags)}
         passing = self.carriers.union(carriers)
         for op in (*self.between(start, end), end) if end is not start else ():
-            states[op] = transfer(op, states, passing, joins)
+            states[op] = transfer(op, states, passing, loosely)
         return states
 
 
-def _walk(start: Op, following: Callable[[Op], Iterable[Op]], through: Collection[Kind], until: Callable[[Op], bool]) -> Iterator[Op]:
+def _walk(start: Op, following: Callable[[Op], Iterable[Op]], through: Test, until: Test) -> Iterator[Op]:
     seen, stack = {start}, [start]
     while stack:
         for op in following(stack.pop()):
@@ -215,7 +220,7 @@ def _walk(start: Op, following: Callable[[Op], Iterable[Op]], through: Collectio
             seen.add(op)
             if until(op):
                 yield op
-            elif op.kind in through:
+            elif through(op):
                 stack.append(op)
 
 

@@ -42,6 +42,7 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
         if kept[name]:
             index = torch.tensor(positions(kept[name]), device=dense.device)
             rest = nn.Parameter(dense.detach().index_select(layouts[name].axis, index), requires_grad=dense.requires_grad)
+            vars(rest).update(vars(dense))  # marks that a training script may have left on it
         text = "; ".join(f"{tie.of}{'ᵀ' if tie.transposed else ''}" for tie in ties)
         tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text), rest)
 
@@ -76,6 +77,9 @@ def rewrite_graph(gm: fx.GraphModule, plan: Plan) -> None:
 def check_fits(model: nn.Module, plan: Plan) -> None:
     """Raises `PeFxError` where a weight of the plan is missing or has another shape."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    unknown = [name for tie in plan.ties for name in (tie.target, tie.source) if name not in plan.shapes]
+    if unknown:
+        raise PeFxError(f"the plan is damaged: it ties {unknown[0]}, but does not say its shape")
     wrong = [
         f"{name} is {tuple(parameters[name].shape)} here, {shape} in the plan" if name in parameters else f"{name} {shape} is missing"
         for name, shape in plan.shapes.items()
@@ -176,13 +180,13 @@ def _initial_values(model: nn.Module, plan: Plan, init: str) -> dict[str, Tensor
         return {}
     sources = dict.fromkeys(tie.source for tie in plan.ties)
     if init == "reset":
-        for module in dict.fromkeys(_owner(model, name)[0] for name in sources):
-            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-            if reset is None:
-                raise PeFxError(
-                    f"init='reset': {type(module).__name__} has no reset_parameters(); use 'keep' and initialise the model yourself"
-                )
-            reset()
+        owners = list(dict.fromkeys(_owner(model, name)[0] for name in sources))
+        resets = [getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None) for module in owners]
+        if None in resets:
+            name = type(owners[resets.index(None)]).__name__
+            raise PeFxError(f"init='reset': {name} has no reset_parameters(); use 'keep' and initialise the model yourself")
+        for reset in resets:
+            reset()  # type: ignore[misc]
         return {}
     totals = {name: model.get_parameter(name).detach().clone() for name in sources}
     counts = {name: torch.ones_like(total) for name, total in totals.items()}

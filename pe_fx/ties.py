@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -258,8 +259,8 @@ class Plan:
                 sites=tuple(map(_site, body["sites"])),
                 misses=tuple(Miss(**_tuples(miss)) for miss in body["misses"]),
                 shapes={name: tuple(shape) for name, shape in body["shapes"].items()},
-                params_before=body["params_before"],
-                params_after=body["params_after"],
+                params_before=operator.index(body["params_before"]),
+                params_after=operator.index(body["params_after"]),
                 options=_tuples(body["options"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -267,7 +268,7 @@ class Plan:
 
     def __str__(self) -> str:
         if not self.sites:
-            return f"no sites; {_summary(self)}"
+            return _summary(self)
         rows = [
             (
                 site.name or ".",
@@ -305,7 +306,7 @@ def _summary(plan: Plan) -> str:
     kinds = Counter(site.kind for site in plan.sites)
     count = f"{len(plan.sites)} site{'s' * (len(plan.sites) != 1)}"
     detail = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if len(kinds) > 1 else ""
-    misses = f"; {len(plan.misses)} near misses, see plan.explain()" if plan.misses else ""
+    misses = f"; {len(plan.misses)} near miss{'es' * (len(plan.misses) > 1)}, see plan.explain()" if plan.misses else ""
     share = f" ({100 * plan.params_after / plan.params_before:.1f} %)" if plan.params_before else ""
     return f"{count}{detail}; {plan.params_before:,} → {plan.params_after:,} parameters{share}{misses}"
 

@@ -14,7 +14,8 @@ from pe_fx.errors import PeFxError
 from pe_fx.tied import Tied, stored, untie_weights
 from pe_fx.ties import table
 
-TOLERANCE = 1e-4
+TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""For other dtypes 1e-4."""
 
 
 def untie(model: nn.Module) -> nn.Module:
@@ -68,7 +69,7 @@ class Report:
         return table(("mode", "quantity", "error", "worst at"), rows) + f"\n\n{verdict} (tolerance {self.tolerance:.0e})"
 
 
-def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tolerance: float = TOLERANCE) -> Report:
+def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tolerance: float | None = None) -> Report:
     """Compares a tied model with its dense twin: outputs and gradients, in train and in eval mode.
 
     >>> import pe_fx
@@ -76,10 +77,12 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
     >>> bool(pe_fx.verify(tied, torch.randn(3, 4)))
     True
 
+    The default `tolerance` of the relative error is 1e-4, for half precision 1e-2 and for bfloat16 5e-2.
     The gradient of a source must be the sum of the twin's gradients, mapped through the ties. Random operations draw the same
     numbers in both. The model itself is not touched. Raises `PeFxError` where nothing in the model is tied.
     """
-    if not any(isinstance(module, Tied) for module in model.modules()):
+    tied_modules = [module for module in model.modules() if isinstance(module, Tied)]
+    if not tied_modules:
         raise PeFxError("nothing in this model is tied: pass what pe_fx.transform returned")
     args, kwargs = as_arguments(_fitting_inputs(model) if example_inputs is None else example_inputs)
     found: list[Comparison] = []
@@ -91,7 +94,8 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
         mapped = _mapped_gradients(tied, dense_gradients)
         pairs = {name: (gradients[name], mapped[name]) for name in mapped if gradients.get(name) is not None or mapped[name] is not None}
         found.append(_largest(mode, "gradients", pairs))
-    return Report(tuple(found), tolerance)
+    dtypes = {stored(*source).dtype for module in tied_modules for weight in module.tied_weights.values() for source in weight.sources}
+    return Report(tuple(found), tolerance or max(TOLERANCES.get(dtype, 1e-4) for dtype in dtypes))
 
 
 def _fitting_inputs(model: nn.Module) -> ExampleInputs:

@@ -18,6 +18,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.regnet import RegNet, RegNetCfg
+from timm.models.resnet import Bottleneck
 from torch import nn
 
 import pe_fx
@@ -61,12 +62,26 @@ def _timm(name: str, size: int, sites: dict[str, int], saved: int, **options: An
     return _image(lambda: timm.create_model(name, pretrained=False, num_classes=7, **options), size, sites, saved)
 
 
+def _drawn(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Values for every parameter: many models begin with a head, a norm or a layer scale of zeros, and so hide what is behind it."""
+
+    def drawn() -> nn.Module:
+        model = build()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn_like(parameter)
+                parameter.copy_(noise if parameter.dim() < 2 else parameter + noise / parameter[0].numel() ** 0.5)
+        return model
+
+    return drawn
+
+
 def _image(build: Callable[[], nn.Module], size: int, sites: dict[str, int], saved: int) -> Model:
-    return Model(build, torch.randn(2, 3, size, size), sites, saved)
+    return Model(_drawn(build), torch.randn(2, 3, size, size), sites, saved)
 
 
 def _text(build: Callable[[], nn.Module], sites: dict[str, int], saved: int) -> Model:
-    return Model(build, {"input_ids": torch.arange(24).reshape(2, 12)}, sites, saved)
+    return Model(_drawn(build), {"input_ids": torch.arange(24).reshape(2, 12)}, sites, saved)
 
 
 def _regnet() -> nn.Module:
@@ -74,8 +89,8 @@ def _regnet() -> nn.Module:
 
 
 def _efficientnet() -> nn.Module:
-    blocks = decode_arch_def([["ds_r1_k3_s1_e1_c8_se0.25"], ["ir_r2_k3_s2_e6_c8_se0.25"], ["ir_r2_k5_s2_e6_c16_se0.25"]])
-    return EfficientNet(blocks, num_classes=7, num_features=32, stem_size=8, act_layer=nn.SiLU)
+    blocks = [["ds_r1_k3_s1_e1_c8_se0.25"], ["ir_r2_k3_s2_e6_c8_se0.25"], ["ir_r2_k5_s2_e6_c16_se0.25"]]
+    return EfficientNet(decode_arch_def(blocks), num_classes=7, num_features=32, stem_size=8, act_layer=nn.SiLU)
 
 
 def _mobilenetv3() -> nn.Module:
@@ -99,7 +114,7 @@ _ENCODER = _TEXT | {
 }
 
 
-def _gpt2(**options: Any) -> nn.Module:
+def gpt2(**options: Any) -> nn.Module:
     config = _TEXT | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config | options))
 
@@ -138,13 +153,13 @@ MODELS: dict[str, Model] = {
         window_size=4,
     ),
     # widths 32, 32, 64, 64: the first blocks of stages 1 and 3 are entries, whose last weight is the W of those that follow
-    "resnet": _timm("resnet50", 32, {"bottleneck": 5}, 6 * 8 * 32 + 4 * 16 * 64, layers=(2, 2, 2, 1), channels=(8, 8, 16, 16)),
+    "resnet": _timm("resnet50", 64, {"bottleneck": 5}, 6 * 8 * 32 + 4 * 16 * 64, layers=(2, 2, 2, 1), channels=(8, 8, 16, 16)),
     "resnext": _timm(
-        "resnext50_32x4d", 32, {"bottleneck": 4}, 8 * 8 * 32, layers=(2, 1, 1, 1), channels=(8, 8, 8, 8), cardinality=2, base_width=32
+        "resnext50_32x4d", 64, {"bottleneck": 4}, 8 * 8 * 32, layers=(2, 1, 1, 1), channels=(8, 8, 8, 8), cardinality=2, base_width=32
     ),
     "regnet": _image(
         _regnet,
-        32,
+        64,
         {"squeeze_excite": 8, "bottleneck": 4},
         (8 * 8 + 16 * 2 + 32 * 4 + 2 * 32 * 8 + 64 * 8 + 2 * 64 * 16) + 4 * 32 * 32 + 4 * 64 * 64,
     ),
@@ -154,9 +169,15 @@ MODELS: dict[str, Model] = {
     "mobilenetv3": _image(_mobilenetv3, 32, {"squeeze_excite": 3, "bottleneck": 3}, (8 * 2 + 32 * 8 + 64 * 16) + 3 * 8 * 32 + 16 * 64),
     # 16 tokens, mixed by 16 hidden units
     "mixer": _image(_mixer, 32, {"mlp": 4}, 2 * (16 * 16 + 32 * 128)),
-    "gpt2": _text(_gpt2, _BLOCKS, 2 * (_V_AND_PROJ + 32 * 128)),
+    "gpt2": _text(gpt2, _BLOCKS, 2 * (_V_AND_PROJ + 32 * 128)),
     "bert": _text(_bert, _BLOCKS, 2 * (_V_AND_PROJ + 32 * 64)),
     # grouped queries: v is not square
     "llama": _text(_llama, {"attention": 2, "glu": 2}, 2 * (32 * 32 + 32 * 64)),
     "torchvision_vit": _image(_torchvision_vit, 32, _BLOCKS, 2 * (_V_AND_PROJ + 32 * 64)),
 }
+
+TINY = {
+    "vit": _timm("vit_tiny_patch16_224", 32, {"attention": 1, "mlp": 1}, _V_AND_PROJ + 32 * 128, **_VIT | {"depth": 1}),
+    "resnet": _image(lambda: nn.Sequential(nn.Conv2d(3, 32, 4, 4), Bottleneck(32, 8), Bottleneck(32, 8)), 32, {"bottleneck": 2}, 3 * 256),
+}
+"""Smaller still, for what takes long."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from models import MODELS, _gpt2, prepared
+from models import MODELS, TINY, Model, gpt2, prepared
 from oracle import Inputs, assert_equals_twin, positions
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> Tensor:
     torch.manual_seed(0)
     y = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     y = y.logits if hasattr(y, "logits") else y
-    return sum(y) if isinstance(y, tuple) else y
+    return y
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -161,7 +161,7 @@ def test_dtype(name: str, dtype: torch.dtype, tolerance: float) -> None:
     assert {read(moved, tie.target).dtype for tie in m.plan.ties} == {dtype}
     got, expected = outputs(moved, inputs), outputs(twin, inputs)
     assert got.dtype == expected.dtype
-    assert float((got - expected).norm() / expected.norm()) < tolerance
+    assert (got - expected).norm().item() < tolerance * expected.norm().item()
     assert_tied(moved, m.plan)
 
 
@@ -225,32 +225,35 @@ def test_one_step_of_adamw(name: str) -> None:
 # ---- torch.compile
 
 
-def assert_compiles(name: str, backend: str, training: bool) -> None:
-    m = prepared(name)
+def assert_compiles(model: Model, eager: nn.Module, backend: str) -> None:
     torch._dynamo.reset()
-    eager = m.tied.train(training)
     compiled = copy.deepcopy(eager)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        got = outputs(torch.compile(compiled, backend=backend, fullgraph=True), m.inputs)
+        got = outputs(torch.compile(compiled, backend=backend, fullgraph=True), model.inputs)
         got.square().sum().backward()
-    expected = outputs(eager, m.inputs)
+    expected = outputs(eager, model.inputs)
     expected.square().sum().backward()
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    largest = max(float(p.grad.norm()) for p in eager.parameters() if p.grad is not None)
     for (key, mine), (_, theirs) in zip(compiled.named_parameters(), eager.named_parameters(), strict=True):
         assert (mine.grad is None) == (theirs.grad is None), key
         if mine.grad is not None:
-            assert float((mine.grad - theirs.grad).norm()) <= 1e-4 * float(theirs.grad.norm()) + 1e-5, key
+            assert float((mine.grad - theirs.grad).norm()) <= 1e-4 * float(theirs.grad.norm()) + 1e-6 * largest, key
 
 
 @every_model
 def test_compile(name: str) -> None:
-    assert_compiles(name, "aot_eager", training=not isinstance(MODELS[name].inputs, dict))
+    has_dropout = isinstance(MODELS[name].inputs, dict)  # whose random numbers are others when compiled
+    assert_compiles(MODELS[name], prepared(name).tied.train(not has_dropout), "aot_eager")
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet"])
+@pytest.mark.parametrize("name", TINY)
 def test_compile_with_inductor(name: str) -> None:
-    assert_compiles(name, "inductor", training=True)
+    model = TINY[name]
+    tied = pe_fx.transform(dense := model.build(), model.inputs)
+    assert count(dense) - count(tied) == model.saved
+    assert_compiles(model, tied, "inductor")
 
 
 # ---- sharing that the model has by itself
@@ -258,7 +261,7 @@ def test_compile_with_inductor(name: str) -> None:
 
 def test_tied_word_embeddings_stay_tied() -> None:
     inputs = MODELS["gpt2"].inputs
-    dense: Any = _gpt2(tie_word_embeddings=True)
+    dense: Any = gpt2(tie_word_embeddings=True)
     plan = pe_fx.plan(dense, inputs)
     tied: Any = pe_fx.apply(dense, plan)
     assert tied.lm_head.weight is tied.transformer.wte.weight
