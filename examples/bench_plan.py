@@ -46,7 +46,7 @@ def match(captured: Captured) -> None:
     with one_thread():
         flow = Flow(captured)
         sites, misses = find(flow)
-        share_stages(flow, sites, misses, ("bottleneck",), "keep", lambda found: True)
+        share_stages(flow, sites, misses, ("bottleneck",), "keep")
 
 
 def main() -> None:

@@ -218,8 +218,7 @@ HEADS = (
 LENGTH, DECODER_LENGTH, VOCABULARY, WIDTH = 16, 8, 128, 64
 COUNTS = (  # what a key that matches is set to, at most
     (r"vocab_size$|^n_tokens$", VOCABULARY),
-    (r"(key_value|kv)_heads?$", 2),
-    (r"heads?$|^num_attention_heads|(^|_)n_heads?$", 4),
+    (r"heads$|(^|_)n_head$", 4),
     (r"(^|_)(n|num)_(\w*_)?(layers?|blocks?)$|(encoder|decoder)_layers$|^depth$|_depth$|^layers$", 2),
     (r"experts?$", 4),
     (r"experts_per_tok(en)?$|top_?k(_experts?)?$|^(n_group|topk_group)$|experts_top_k", 2),
@@ -229,17 +228,29 @@ COUNTS = (  # what a key that matches is set to, at most
 )
 WIDTHS = (
     (r"^(qk_rope_head_dim|qk_nope_head_dim)$", 8),
-    (r"head_dim$|head_size$|^d_kv$|^attention_key_size$|kv_channels$", 16),
+    (r"head_dim$|head_size$|d_head$|^d_kv$|^attention_key_size$|kv_channels$", 16),
     (r"intermediate|ffn|feed_?forward|^d_ff$|mlp_(dim|hidden)|^d_inner$|^inner_dim$", 2 * WIDTH),
     (r"hidden_(size|dim)$|^d_model$|^n_embd$|embed_dim$|^dim$|projection_dim$|embedding_size$|_dim$|lora_rank$|lru_width$", WIDTH),
 )
-FIXED: dict[str, Any] = {"apply_spec_augment": False, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
-OVERRIDES: dict[str, dict[str, Any]] = {  # where the rules above do not make a small model
-    "bert-generation": {"hidden_size": 64},
+FIXED: dict[str, Any] = {
+    "use_cache": False,
+    "apply_spec_augment": False,
+    "layerdrop": 0.0,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+}
+OVERRIDES: dict[str, dict[str, Any]] = {  # where the rules above make a configuration that is inconsistent or not small
     "ctrl": {"n_embd": 64, "dff": 128},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 128, "hidden_size": 64}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 4},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "flaubert": {"emb_dim": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"num_heads": 8},
+    "nemotron": {"num_key_value_heads": 2},
     "reformer": {"axial_pos_shape": [4, 4], "axial_pos_embds_dim": [32, 32], "num_hashes": 1, "is_decoder": False},
     "xlm": {"emb_dim": 64},
-    "flaubert": {"emb_dim": 64},
 }
 
 
@@ -344,12 +355,19 @@ def shrunk(configuration: Any, scale: Scale) -> dict[str, Any]:
                 patch = values.get("patch_size", 16)
                 result[key] = min(value, 4 * max(patch if isinstance(patch, int) else 16, 16))
             else:
-                limit = next((limit for pattern, limit in rules if re.search(pattern, key)), None)
+                limit = _limit(key, values, rules)
                 if limit is not None and value > limit:
                     result[key] = limit
         elif key == "rope_parameters" and isinstance(value, dict) and "rope_theta" in value and scale.widths:
             result[key] = value | {"mrope_section": [2, 3, 3]}
     return result
+
+
+def _limit(key: str, values: Mapping[str, Any], rules: Sequence[tuple[str, int]]) -> int | None:
+    """The most that a field may be; where queries are grouped, two of them share keys and values."""
+    limit = next((limit for pattern, limit in rules if re.search(pattern, key)), None)
+    heads = next((values[name] for name in ("num_attention_heads", "num_heads", "n_heads") if isinstance(values.get(name), int)), 0)
+    return 2 if limit is not None and re.search(r"(key_value|kv)_heads$", key) and values[key] < heads else limit
 
 
 def _fields(configuration: Any) -> list[tuple[str, Any]]:

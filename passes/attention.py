@@ -30,13 +30,7 @@ class Attention:
     kind: str = "attention"
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
-        found = []
-        for core in _cores(flow):
-            roles = _roles(flow, core)
-            if isinstance(roles, Roles):
-                found.append((core, roles))
-            elif roles is not None:
-                yield dataclasses.replace(roles, kind=self.kind)
+        found = [(core, roles) for core in _cores(flow) if (roles := _roles(flow, core)) is not None]
         partners: dict[Op, set[tuple[str, ...]]] = {}
         for _, roles in found:
             for part in roles.parts:
@@ -77,8 +71,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Roles:
-    q: Part
-    k: Part
+    q: Part | None
+    k: Part | None
     v: Part | None
     proj: Part | None
 
@@ -145,13 +139,9 @@ def _axis_at(flow: Flow, product: Op, axis: int, value: Op) -> int | None:
     return axes[0] if len(axes) == 1 else (axis if size == 1 else None)
 
 
-def _roles(flow: Flow, core: Core) -> Roles | Miss | None:
+def _roles(flow: Flow, core: Core) -> Roles | None:
     q, k, v = (_part(flow, value) for value in (core.q, core.k, core.v))
-    if q is None or k is None:
-        what = "the queries" if q is None else "the keys"
-        names = tuple(dict.fromkeys(part.weight.name for part in (q, k, v) if part is not None))
-        return Miss("", common_module(names), names, f"{what} of {core.mix.node.name} are not made by one weight alone") if names else None
-    return Roles(q, k, v, _output(flow, core, v))
+    return None if q is None and k is None else Roles(q, k, v, _output(flow, core, v))
 
 
 def _part(flow: Flow, value: Op | None) -> Part | None:
@@ -185,20 +175,22 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles, partners: dict[Op, set
     misses: list[Miss] = []
     halves = [(roles.k, roles.v, "values", "keys"), (roles.q, roles.proj, "the output projection", "queries")]
     for source, target, what, whose in halves:
-        if target is None:
-            reason: str | None = f"{what} cannot use the weight of the {whose}, {source.block}: no projection of their own was found"
-            weights: tuple[str, ...] = (source.weight.name,)
+        reason: str | None
+        if source is None:
+            reason = f"the {whose} of {core.mix.node.name} are not made by one weight alone"
+        elif target is None:
+            reason = f"{what} cannot use the weight of the {whose}, {source.block}: no projection of their own was found"
         else:
             reason = _half_obstacle(flow, roles, source, target, partners)
-            weights = tuple(dict.fromkeys((source.weight.name, target.weight.name)))
         if reason is not None:
+            weights = tuple(dict.fromkeys(part.weight.name for part in (source, target) if part is not None)) or roles.names
             misses.append(Miss(kind, common_module(weights), weights, reason))
             if target is roles.proj:  # it may yet be the end of a pattern around this one
                 roles = dataclasses.replace(roles, proj=None)
-        elif target is not None:
+        elif source is not None and target is not None:
             ties.append(tie(source.weight, target.weight, source.block, target.block))
     flow.carriers.update({core.mix, *(part.op for part in roles.parts)})
-    flow.carriers.update(op for op in flow.between(roles.q.op, core.mix) if _mixes_heads(op))
+    flow.carriers.update(op for part in roles.parts[:1] for op in flow.between(part.op, core.mix) if _mixes_heads(op))
     if ties:
         yield Site(kind, common_module(roles.names), roles.names, tuple(ties))
     yield from misses

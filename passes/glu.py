@@ -41,7 +41,7 @@ class Glu:
             if reason is not None:
                 yield Miss(self.kind, name, unit.names, reason)
                 continue
-            block = unit.up.weight.of_channels(unit.channels)
+            block = unit.up.weight.of_channels(unit.up.channels)
             yield Site(self.kind, name, unit.names, (tie(unit.up.weight, unit.down, block),))
 
 
@@ -52,6 +52,10 @@ class _Branch:
     op: Op
     weight: Weight
     state: Channels
+
+    @property
+    def channels(self) -> list[int]:
+        return channels_in(self.state.tags) or []
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,6 @@ class _Unit:
     def up(self) -> _Branch:
         return self.second if self.first.state.activations > self.second.state.activations else self.first
 
-    @property
-    def channels(self) -> list[int]:
-        return channels_in(self.up.state.tags) or []
-
 
 def _unit(flow: Flow, last: Op) -> _Unit | None:
     """The product before `last`, if its factors are two projections of one value, one of them activated."""
@@ -87,7 +87,7 @@ def _unit(flow: Flow, last: Op) -> _Unit | None:
     first, second = (_branch(flow, factor, product) for factor in product.inputs)
     if first is None or second is None or source_along(first.op, _ELEMENTWISE) is not source_along(second.op, _ELEMENTWISE):
         return None
-    own = [set(channels_in(branch.state.tags) or ()) for branch in (first, second)]
+    own = [set(branch.channels) for branch in (first, second)]
     if last.weight.name in (first.weight.name, second.weight.name):
         return None  # tied already
     if first.op is second.op and not own[0].isdisjoint(own[1]):
@@ -100,18 +100,19 @@ def _branch(flow: Flow, factor: Op, product: Op) -> _Branch | None:
     if source is None or source.weight is None:
         return None
     state = flow.trace(source, product).get(factor)
-    return None if state is None or state.tags is None else _Branch(source, source.weight, state)
+    is_factor = state is not None and channels_in(state.tags) is not None
+    return _Branch(source, source.weight, state) if is_factor and state is not None else None
 
 
 def _obstacle(flow: Flow, unit: _Unit, partners: dict[Op, set[tuple[str, ...]]]) -> str | None:
     up, down = unit.up.weight, unit.down
-    block = up.of_channels(unit.channels)
+    block = up.of_channels(unit.up.channels)
     weights = (unit.first.weight, unit.second.weight, down)
     for weight in weights:
         if weight.groups > 1 or not weight.is_matrix:
             return f"{weight.name} is no plain matrix but a convolution with {weight.kernel} kernel and {weight.groups} groups"
-    if down.matrix != (up.inputs, len(unit.channels)):
-        return f"{down.name} is {down.matrix}, {block} is {(len(unit.channels), up.inputs)}: not transposes of each other"
+    if down.matrix != (up.inputs, len(unit.up.channels)):
+        return f"{down.name} is {down.matrix}, {block} is {(len(unit.up.channels), up.inputs)}: not transposes of each other"
     if unit.first.state.activations == unit.second.state.activations:
         which = "both factors" if unit.first.state.activations else "neither factor"
         return f"{which} before {down.name} passed an activation: gate and up cannot be told apart"
@@ -121,7 +122,7 @@ def _obstacle(flow: Flow, unit: _Unit, partners: dict[Op, set[tuple[str, ...]]])
     tags = unit.up.state.tags.expand(unit.product.shape)
     end = arriving(flow.trace(unit.product, unit.last, tags=tags), unit.last)
     arrived = channels_along(end.tags, unit.last.in_axis)
-    if arrived != unit.channels:
+    if arrived != unit.up.channels:
         return f"the hidden channels of {up.name} reach {down.name} in another order"
     for weight in weights:
         if (reason := misuse(flow, weight)) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 from pe_fx.flow import Flow
@@ -25,6 +25,10 @@ class _Block:
     first: Op
     last: Op
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return self.found.weights if isinstance(self.found, Site) else self.found.names
+
 
 @dataclass
 class _Stage:
@@ -38,14 +42,28 @@ class _Stage:
         return head if isinstance(head, Pair) else None
 
     @property
+    def root(self) -> str:
+        """The weight that the stage shares."""
+        head = self.blocks[0]
+        return head.weights[-1] if self.entry is not None else head.weights[0]
+
+    @property
     def sites(self) -> list[Site]:
         return [block.found for block in self.blocks if isinstance(block.found, Site)]
 
 
 def share_stages(
-    flow: Flow, sites: Iterable[Site], misses: Iterable[Miss], kinds: Iterable[str], entry: str, wanted: Callable[[Site | Miss], bool]
+    flow: Flow,
+    sites: Iterable[Site],
+    misses: Iterable[Miss],
+    kinds: Iterable[str],
+    entry: str,
+    wanted: Callable[[Site | Miss], bool] = lambda found: True,
+    trait: Callable[[str], Hashable] = lambda name: None,
 ) -> tuple[list[Site], list[Miss]]:
-    """The same sites and misses, those of the given kinds sharing one matrix per stage; entry blocks only where `wanted`.
+    """The same sites and misses, those of the given kinds sharing one matrix per stage.
+
+    Entry blocks take part where they are `wanted`; only weights of one `trait` (trained or frozen, dtype, device) are shared.
 
     The root of a stage is its first matrix of full shape in dataflow order: an entry block's last weight, else the source of
     the first site. Source: arXiv 2401.16438, stage-level sharing of ResNet blocks.
@@ -54,7 +72,7 @@ def share_stages(
     for kind in dict.fromkeys(kinds):
         entries = {pair: _treated(flow, pair, entry) for pair in entry_pairs(flow)} if kind == "bottleneck" else {}
         entries = {pair: treated for pair, treated in entries.items() if wanted(treated)}
-        stages = _stages(flow, [site for site in result if site.kind == kind and _is_residual(flow, site)], entries)
+        stages = _stages(flow, [site for site in result if site.kind == kind and _is_residual(flow, site)], entries, trait)
         replaced: dict[tuple[str, ...], Site] = {}
         for stage in stages:
             for site in _shared(stage):
@@ -77,12 +95,15 @@ def _join(flow: Flow, first: Op, last: Op) -> Op | None:
     return join if is_sum and not (join and flow.dominates(first, join)) else None
 
 
-def _stages(flow: Flow, sites: Iterable[Site], entries: Iterable[Pair]) -> list[_Stage]:
+def _stages(flow: Flow, sites: Iterable[Site], entries: Iterable[Pair], trait: Callable[[str], Hashable]) -> list[_Stage]:
     blocks = [_block(flow, site) for site in sites] + [_Block(pair, pair.first, pair.second) for pair in entries]
     blocks.sort(key=lambda block: block.first.index)
     stages: list[_Stage] = []
     for position, block in enumerate(blocks):
-        stage = next((stage for stage in reversed(stages) if _continues(flow, stage, block, blocks[:position])), None)
+        own = trait(block.weights[0])
+        earlier = [other for other in blocks[:position] if trait(other.weights[0]) == own]
+        alike = (stage for stage in reversed(stages) if trait(stage.root) == own)
+        stage = next((stage for stage in alike if _continues(flow, stage, block, earlier)), None)
         if stage is None:
             stages.append(_Stage([block]))
         else:
@@ -92,8 +113,11 @@ def _stages(flow: Flow, sites: Iterable[Site], entries: Iterable[Pair]) -> list[
 
 def _is_residual(flow: Flow, site: Site) -> bool:
     """Only blocks that add to their input are taken for alike; of other kinds than bottlenecks that is not asked."""
+    if site.kind != "bottleneck":
+        return True
     block = _block(flow, site)
-    return site.kind != "bottleneck" or _join(flow, block.first, block.last) is not None
+    join = _join(flow, block.first, block.last)
+    return join is not None and any(flow.reaches(source, block.first) for source in join.inputs)
 
 
 def _block(flow: Flow, site: Site) -> _Block:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -58,7 +59,9 @@ def plan(
     with one_thread():
         flow = Flow(captured)
         sites, misses = find(flow, (*custom, *DEFAULT_RULES))
-        sites, misses = share_stages(flow, filter(wanted, sites), filter(wanted, misses), share, entry, wanted)
+        sites, refused = _tieable(filter(wanted, sites), model)
+        misses = [miss for miss in (*misses, *refused) if wanted(miss)]
+        sites, misses = share_stages(flow, sites, misses, share, entry, wanted, functools.partial(_trait, dict(model.named_parameters())))
     sites, refused = _tieable(sites, model)
     shapes = captured.shapes()
     numel = {name: math.prod(shape) for name, shape in shapes.items()} | {name: p.numel() for name, p in model.named_parameters()}
@@ -215,7 +218,12 @@ class _Owner:
     places: int
 
 
-def _tieable(sites: list[Site], model: nn.Module) -> tuple[list[Site], list[Miss]]:
+def _trait(parameters: dict[str, nn.Parameter], name: str) -> tuple[object, ...] | None:
+    parameter = parameters.get(name)
+    return None if parameter is None else (parameter.requires_grad, parameter.dtype, parameter.device)
+
+
+def _tieable(sites: Iterable[Site], model: nn.Module) -> tuple[list[Site], list[Miss]]:
     """Refuses ties that the weights themselves forbid."""
     owners: dict[str, _Owner] = {}
     places: dict[int, int] = {}

@@ -215,7 +215,7 @@ def _read(gm: fx.GraphModule) -> Captured:
 
 
 def _has_values(graph: fx.Graph) -> bool:
-    calls = [node for node in graph.nodes if node.op.startswith("call")]
+    calls = [node for node in graph.nodes if node.op.startswith("call") and node.users]
     return bool(calls) and all(node.op != "call_module" and value_of(node) is not None for node in calls)
 
 

@@ -209,12 +209,13 @@ def moved(op: Op, states: dict[Op, Channels]) -> Any:
         if copied:
             args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
         with contextlib.suppress(RuntimeError, TypeError, IndexError, NotImplementedError):
-            result = _call(op.node.target, args, kwargs)
+            result = call(op.node.target, args, kwargs)
             return pytree.tree_map(_lazy, result) if shape_of(result) == op.shape else None
     return None
 
 
-def _call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a graph's call of a function or of a tensor method."""
     return getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
 
 

@@ -101,7 +101,7 @@ class Flow:
         name = base_name(node) if node.op.startswith("call") else ""
         kind = KINDS.get(name, Kind.OTHER) if name else Kind.INPUT
         values = tuple(self._of_node.get(operand) for operand in operands)
-        if name in SHAPE_OF_SECOND:
+        if name in SHAPE_OF_SECOND or kind is Kind.NORM:  # a norm's other operands are its statistics and scales
             values = (values[0], *[None] * (len(values) - 1))
         if kind is Kind.PRODUCT and sum(value is not None for value in values) == 1:
             kind = Kind.POINTWISE  # a scale

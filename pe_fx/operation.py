@@ -81,6 +81,7 @@ class Op:
     weight: Weight | None = None
     in_axis: int = -1
     out_axis: int = -1
+    groups: int = 1
 
     @property
     def inputs(self) -> tuple[Op, ...]:
@@ -92,7 +93,7 @@ class Op:
 
     @property
     def is_depthwise(self) -> bool:
-        return self.weight is not None and self.weight.groups > 1 and self.weight.groups == self.weight.outputs
+        return self.groups > 1 and self.groups == self.shape[self.out_axis] == self.inputs[0].shape[self.in_axis]
 
     @property
     def stride(self) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pe_fx.capture import value_of
+from pe_fx.channels import call
 from pe_fx.derived import derive
 from pe_fx.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.errors import PeFxError
@@ -54,9 +56,7 @@ def rewrite_graph(gm: fx.GraphModule, plan: Plan) -> None:
     Raises `PeFxError` where the plan names weights that the graph does not have.
     """
     placeholders = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
-    missing = [name for name in plan.shapes if name not in placeholders]
-    if missing:
-        raise PeFxError(f"the plan does not fit this graph: it has no placeholders {', '.join(missing[:5])}")
+    _compare_shapes(plan, {name: tuple(getattr(value_of(node), "shape", ())) for name, node in placeholders.items()}, "graph")
     if plan.entries:
         raise PeFxError("entry='slice' and 'expand' change modules; a graph whose weights are placeholders has none: use entry='keep'")
     targets = _by_target(plan.ties)
@@ -64,31 +64,45 @@ def rewrite_graph(gm: fx.GraphModule, plan: Plan) -> None:
     first_call = next(node for node in gm.graph.nodes if node.op != "placeholder")
     for name, ties in targets.items():
         readers = list(placeholders[name].users)
+        known = set(gm.graph.nodes)
         with gm.graph.inserting_before(first_call):
             own: Any = fx.Proxy(placeholders[name], tracer)
             sources: Any = [fx.Proxy(placeholders[tie.source], tracer) for tie in ties]
             dense: Any = _layout(ties, targets, {}).assemble(own, sources)
+        _record_values([node for node in gm.graph.nodes if node not in known])
         for reader in readers:
             reader.replace_input_with(placeholders[name], dense.node)
     gm.graph.lint()
     gm.recompile()
 
 
+def _record_values(nodes: list[fx.Node]) -> None:
+    """Gives new nodes the fake values that Dynamo gave the others, so that the graph can be read again."""
+    with torch.no_grad():
+        for node in nodes:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+            node.meta["example_value"] = call(node.target, args, kwargs)
+
+
 def check_fits(model: nn.Module, plan: Plan) -> None:
     """Raises `PeFxError` where a weight of the plan is missing or has another shape."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    _compare_shapes(plan, shapes, type(model).__name__)
+
+
+def _compare_shapes(plan: Plan, shapes: dict[str, tuple[int, ...]], what: str) -> None:
     unknown = [name for tie in plan.ties for name in (tie.target, tie.source) if name not in plan.shapes]
     if unknown:
         raise PeFxError(f"the plan is damaged: it ties {unknown[0]}, but does not say its shape")
     wrong = [
-        f"{name} is {tuple(parameters[name].shape)} here, {shape} in the plan" if name in parameters else f"{name} {shape} is missing"
+        f"{name} is {shapes[name]} here, {shape} in the plan" if name in shapes else f"{name} {shape} is missing"
         for name, shape in plan.shapes.items()
-        if name not in parameters or tuple(parameters[name].shape) != shape
+        if shapes.get(name) != shape
     ]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise PeFxError(
-            f"the plan does not fit this {type(model).__name__}: {'; '.join(wrong[:5])}{more}. "
+            f"the plan does not fit this {what}: {'; '.join(wrong[:5])}{more}. "
             "Apply a plan to a dense model of the architecture that it was made from"
         )
 

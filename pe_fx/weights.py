@@ -120,6 +120,7 @@ def _attach_kernel(op: Op, operands: list[fx.Node], static: Static) -> None:
     groups = op.node.kwargs.get("groups", op.node.args[place] if len(op.node.args) > place else 1)
     if not isinstance(groups, int):
         return
+    op.groups = groups
     out_label, in_label = (1, 0) if transposed else (0, 1)
     op.weight = _view_of_parameter(operands[1], out_label, in_label, static, kernel[2:], groups)
     if op.weight is not None and op.weight.is_matrix and not transposed:

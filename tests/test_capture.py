@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,50 +84,68 @@ def test_inputs_that_need_gradients_are_left_alone() -> None:
 # ---- inputs that are derived
 
 
+def derived(model: nn.Module) -> Any:
+    return next(derive_inputs(model))
+
+
 def test_derived_from_timm() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=1, num_heads=2)
-    assert derive_inputs(model).shape[1:] == tuple(model.pretrained_cfg["input_size"]) or derive_inputs(model).shape[1:] == (3, 32, 32)
-    assert derive_inputs(timm.create_model("resnet18")).shape[1:] == (3, 224, 224)
+    assert derived(timm.create_model("test_resnet.r160_in1k", pretrained=False)).shape[1:] == (3, 160, 160)
+    assert derived(timm.create_model("resnet18")).shape[1:] == (3, 224, 224)
 
 
 def test_derived_from_transformers() -> None:
     config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50)
-    inputs = derive_inputs(transformers.BertModel(config))
-    assert isinstance(inputs, dict)
-    assert inputs["input_ids"].dtype == torch.long
+    model = transformers.BertModel(config)
+    assert derived(model)["input_ids"].dtype == torch.long
+    assert {site.kind for site in pe_fx.plan(model).sites} == {"attention", "mlp"}
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        (nn.Linear(6, 3), (6,)),
-        (nn.Conv1d(4, 3, 3), (4, 64)),
-        (nn.Conv2d(4, 3, 3), (4, 64, 64)),
-        (nn.Conv3d(4, 3, 3), (4, 64, 64, 64)),
-    ],
+    ("layer", "width"),
+    [(nn.Linear(6, 3), 6), (nn.Conv1d(4, 3, 3), 4), (nn.Conv2d(4, 3, 3), 4), (nn.Conv3d(4, 3, 3), 4)],
     ids=["linear", "conv1d", "conv2d", "conv3d"],
 )
-def test_derived_from_the_first_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    inputs = derive_inputs(nn.Sequential(nn.Identity(), layer, nn.Linear(99, 99)))
-    assert inputs.shape[1:] == shape
+def test_derived_from_the_first_layer(layer: nn.Module, width: int) -> None:
+    inputs = derived(nn.Sequential(nn.Identity(), layer, nn.Linear(99, 99)))
+    assert inputs.shape[1] == width
+    assert inputs.dim() == layer.weight.dim()
     assert inputs.dtype == torch.float32
+    layer(inputs)
 
 
 def test_derived_ids_for_an_embedding() -> None:
     model = nn.Sequential(nn.Embedding(10, 8), linear(8, 16), nn.ReLU(), linear(16, 8))
-    assert derive_inputs(model).dtype == torch.long
+    assert derived(model).dtype == torch.long
     assert ties(pe_fx.plan(model)) == ["3.weight ← 1.weightᵀ"]
+
+
+def test_derived_sequence_where_rows_do_not_fit() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        return plain(m, x).reshape(batch * length, width)
+
+    assert ties(pe_fx.plan(mlp(forward))) == [TIE]
+    assert pe_fx.verify(pe_fx.transform(mlp(forward)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_derived_inputs_have_the_models_dtype_and_device(dtype: torch.dtype) -> None:
-    assert derive_inputs(linear(8, 4).to(dtype)).dtype == dtype
-    assert derive_inputs(linear(8, 4).to("meta")).device.type == "meta"
+    assert derived(linear(8, 4).to(dtype)).dtype == dtype
+    assert derived(linear(8, 4).to("meta")).device.type == "meta"
+
+
+def test_deriving_draws_no_random_numbers() -> None:
+    models = nn.Sequential(nn.Embedding(10, 8), linear(8, 8)), linear(8, 8), nn.Conv2d(3, 4, 3)
+    state = torch.get_rng_state()
+    for model in models:
+        assert list(derive_inputs(model))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_nothing_to_derive_from() -> None:
+    assert list(derive_inputs(nn.ReLU())) == []
     with pytest.raises(CaptureError, match="pass example_inputs"):
-        derive_inputs(nn.ReLU())
+        capture(nn.ReLU())
 
 
 # ---- regions are inlined
@@ -283,8 +300,7 @@ def test_both_modes_fail() -> None:
 
 
 def test_a_failure_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    with warnings.catch_warnings(), pytest.raises(CaptureError):
-        warnings.simplefilter("error")
+    with pytest.raises(CaptureError):
         pe_fx.plan(mlp(plain), torch.randn(3, 9))
     assert capfd.readouterr() == ("", "")
 
@@ -294,13 +310,6 @@ def test_a_failure_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 
 def writes_relu(m: Net, x: Tensor) -> Tensor:
     return m.fc2(m.fc1(x).relu_())
-
-
-def writes_a_part(m: Net, x: Tensor) -> Tensor:
-    h = m.fc1(x)
-    h[..., :8].relu_()
-    h[..., 8:].tanh_()
-    return m.fc2(h)
 
 
 def adds_to_the_output(m: Net, x: Tensor) -> Tensor:
@@ -315,7 +324,7 @@ def writes_through_a_view(m: Net, x: Tensor) -> Tensor:
     return m.fc2(h)
 
 
-@pytest.mark.parametrize("forward", [writes_relu, writes_a_part, adds_to_the_output, writes_through_a_view], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("forward", [writes_relu, adds_to_the_output, writes_through_a_view], ids=lambda f: f.__name__)
 def test_in_place(forward: Callable[..., Tensor]) -> None:
     assert_hit(mlp(forward), X, TIE, kind="mlp")
 
@@ -326,6 +335,15 @@ def test_in_place_before_a_second_reader_is_a_leak() -> None:
         kept = h[..., :8]
         h.relu_()
         return m.fc2(h) + kept
+
+    assert not pe_fx.plan(mlp(forward), X).sites
+
+
+def test_in_place_that_moves_channels_is_no_pair() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.fc1(x).relu()
+        h[..., :8] = h[..., 8:]
+        return m.fc2(h)
 
     assert not pe_fx.plan(mlp(forward), X).sites
 
