@@ -303,13 +303,9 @@ def transformers_entry(name: str) -> Entry:
                 errors.append(f"{scale.how}: {_line(error)}")
                 continue
             fitting = False
-            for inputs in transformers_inputs(model):
-                try:
-                    with torch.no_grad():
-                        model(**inputs)
-                except Exception as error:
-                    errors.append(f"{scale.how}, {', '.join(inputs)}: {_line(error)}")
-                else:
+            for variant in transformers_inputs(model):
+                inputs = _fitting(model, variant, errors)
+                if inputs is not None:
                     fitting = True
                     yield Built(model, inputs, scale.how)
             if fitting:
@@ -320,6 +316,19 @@ def transformers_entry(name: str) -> Entry:
         return planned if count(planned.model) <= limit else None
 
     return Entry(configuration_class.__module__.split(".")[-2], candidates, verifiable)
+
+
+def _fitting(model: nn.Module, variant: Iterator[dict[str, Any]], errors: list[str]) -> dict[str, Any] | None:
+    """The first of the inputs with which the model runs."""
+    for inputs in variant:
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except Exception as error:
+            errors.append(f"{', '.join(inputs)}: {_line(error)}")
+        else:
+            return inputs
+    return None
 
 
 class BuildError(Exception):
@@ -392,23 +401,25 @@ def _first(configuration: Any, *names: str, default: Any = None) -> Any:
     return default
 
 
-def transformers_inputs(model: Any) -> Iterator[dict[str, Any]]:
-    """Inputs that may fit: what `forward` requires, with the model's main input; images and audio beside text first."""
+def transformers_inputs(model: Any) -> Iterator[Iterator[dict[str, Any]]]:
+    """Variants of inputs, images and audio beside text first; each a number of alternatives that may fit."""
     configuration = model.config
     parameters = inspect.signature(model.forward).parameters
     required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    names = list(dict.fromkeys([*required, model.main_input_name]))
+    names = [*required, model.main_input_name]
     if "decoder_input_ids" in parameters and getattr(configuration, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
-    media = [
-        name for name in ("pixel_values", "image_grid_thw", "input_features", "input_values") if name in parameters and name not in names
-    ]
-    texts = [name for name in ("input_ids",) if name in parameters and name not in names]
-    variants = [names + texts + media, names + texts, names]
+    media = [name for name in ("pixel_values", "image_grid_thw", "input_features", "input_values") if name in parameters]
+    text = [name for name in ("input_ids",) if name in parameters]
+    mask = ["attention_mask"] if "attention_mask" in parameters else []
+    variants = (names + text + media, names + text, names, names + text + mask)
     for chosen in {tuple(dict.fromkeys(variant)): None for variant in variants}:
-        choices = [list(_values(name, configuration)) for name in chosen]
-        for values in itertools.islice(itertools.product(*choices), 60):
-            yield dict(zip(chosen, values, strict=True))
+        yield _alternatives(chosen, configuration)
+
+
+def _alternatives(names: Sequence[str], configuration: Any) -> Iterator[dict[str, Any]]:
+    for values in itertools.islice(itertools.product(*(list(_values(name, configuration)) for name in names)), 60):
+        yield dict(zip(names, values, strict=True))
 
 
 def _values(name: str, configuration: Any) -> Iterator[Any]:

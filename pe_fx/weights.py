@@ -70,6 +70,10 @@ class Static:
 
 def attach_weight(op: Op, operands: list[fx.Node], static: Static) -> None:
     """Finds the weight operand of a linear, a convolution or a matrix product, and what it is a view of."""
+    checked = op.operands[1:2] if "grouped_mm" in op.name else op.operands[1:]  # expert offsets come from the values
+    if (op.kind is Kind.CONV or (op.kind is Kind.PROJECTION and op.name != "addmm")) and any(checked):
+        op.kind = Kind.OTHER  # a weight or bias made from the input
+        return
     if op.kind is Kind.CONV:
         _attach_kernel(op, operands, static)
         return
@@ -80,8 +84,8 @@ def attach_weight(op: Op, operands: list[fx.Node], static: Static) -> None:
         position, out_label, in_label = 1, 2, 1
         op.operands = op.operands[:1]
     elif op.kind is Kind.PROJECTION:  # addmm(bias, x, W)
-        if op.operands[1] is None or op.operands[2] is not None:
-            op.kind = Kind.MATMUL
+        if op.operands[0] is not None or op.operands[1] is None or op.operands[2] is not None:
+            op.kind = Kind.OTHER
             return
         position, out_label, in_label = 2, 1, 0
         op.operands = (op.operands[1],)

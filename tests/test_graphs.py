@@ -242,7 +242,7 @@ def test_dynamo_graph_twice_is_once() -> None:
 def test_plan_of_another_dynamo_graph() -> None:
     gm, _ = dynamo(mlp(), X)
     code = gm.code
-    with pytest.raises(PeFxError, match="does not fit this graph: .* is missing"):
+    with pytest.raises(PeFxError, match=r"does not fit this graph: .* is missing"):
         pe_fx.apply(gm, pe_fx.plan(dynamo(Glu(), X)[0]), inplace=True)
     assert gm.code == code
 

@@ -606,3 +606,13 @@ def test_untouched_where_nothing_is_found() -> None:
     with pytest.warns(pe_fx.NoSitesWarning, match="no nonlinearity"):
         same = pe_fx.transform(net, X)
     assert list(same.state_dict()) == list(net.state_dict())
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_weight_or_bias_made_from_the_input(part: str) -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = F.linear(x, m.a).relu()
+        return F.linear(h, m.b * h.mean()) if part == "weight" else F.linear(h, m.b, h.mean((0, 1))[:8])
+
+    made = pe_fx.plan(Net(forward, a=weight(16, 8), b=weight(8, 16)), X)
+    assert not made.sites
