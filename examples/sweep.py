@@ -348,7 +348,9 @@ def shrunk(configuration: Any, scale: Scale) -> dict[str, Any]:
         if key in FIXED:
             result[key] = FIXED[key]
         elif hasattr(value, "model_type") and hasattr(value, "to_dict"):
-            result[key] = type(value)(**shrunk(value, scale))
+            default = type(value)()
+            own = {name: part for name, part in _fields(value) if getattr(default, name, None) != part}
+            result[key] = type(value)(**own | shrunk(value, scale))
         elif re.search(r"(token_id|token_index|token_idx)$", key) and type(value) is int:
             result[key] = min(next(special), value)
         elif key in ("layer_types", "mlp_layer_types", "layers_block_type") and isinstance(value, list):
@@ -388,6 +390,7 @@ def _fields(configuration: Any) -> list[tuple[str, Any]]:
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)} if dataclasses.is_dataclass(PreTrainedConfig) else set()
     renamed = getattr(cls, "attribute_map", {})
     names = [name for name in names if name.endswith("token_id") or (name not in common and name not in renamed)]
+    names = [name for name in names if not name.startswith("_")]
     return [(name, getattr(configuration, name)) for name in names if getattr(configuration, name, None) is not None]
 
 
@@ -428,12 +431,18 @@ def _values(name: str, configuration: Any) -> Iterator[Any]:
         yield from _token_ids(configuration, DECODER_LENGTH if name.startswith("decoder") else LENGTH)
     elif name in ("pixel_values", "images", "pixel_values_images"):
         yield from _images(configuration)
+    elif name == "pixel_attention_mask":
+        yield torch.ones(2, _first(configuration, "num_patches", default=LENGTH), dtype=torch.long)
+    elif name == "spatial_shapes":
+        yield torch.full((2, 2), int(_first(configuration, "num_patches", default=LENGTH) ** 0.5))
     elif name == "image_grid_thw":
         yield torch.tensor([[1, 4, 4]] * 2)
     elif name in ("pixel_values_videos",):
         yield torch.randn(2, _first(configuration, "num_frames", "frames", default=4), 3, *[_image_size(configuration)] * 2)
     elif name == "input_features":
-        bins = _first(configuration, "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", default=80)
+        bins = _first(
+            configuration, "feature_projection_input_dim", "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", default=80
+        )
         for frames in (2 * _first(configuration, "max_source_positions", default=64), 128):
             yield torch.randn(2, bins, frames)
             yield torch.randn(2, frames, bins)
@@ -485,9 +494,11 @@ def _image_size(configuration: Any) -> int:
 def _images(configuration: Any) -> Iterator[Tensor]:
     channels = _first(configuration, "num_channels", "in_channels", "in_chans", default=3)
     channels = channels if isinstance(channels, int) else 3
-    frames, patch = _first(configuration, "temporal_patch_size"), _first(configuration, "patch_size")
+    frames, patches, patch = (_first(configuration, name) for name in ("temporal_patch_size", "num_patches", "patch_size"))
     if isinstance(frames, int) and isinstance(patch, int):
         yield torch.randn(32, channels * frames * patch**2)
+    if isinstance(patches, int) and isinstance(patch, int):
+        yield torch.randn(2, patches, channels * patch**2)
     sizes = list(dict.fromkeys((_image_size(configuration), 64, 224)))
     for size in sizes:
         yield torch.randn(2, channels, size, size)

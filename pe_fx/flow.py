@@ -64,11 +64,12 @@ class Flow:
             if node.op.startswith("call") and is_in_place(node) and isinstance(node.args[0], fx.Node):
                 _rename_written(node, latest)
         live = _ancestors(output, resolved)
+        reached = set(captured.inputs)
         for node in captured.graph.nodes:
-            if node not in live or node is output:
-                continue
             operands = resolved[node]
-            if not self._is_value(node, operands, captured):
+            if not reached.isdisjoint(operands):
+                reached.add(node)
+            if node not in live or node is output or not self._is_value(node, operands, captured, reached):
                 continue
             op = self._op(node, operands, static)
             self.ops.append(op)
@@ -87,13 +88,13 @@ class Flow:
             for source in dict.fromkeys(op.inputs):
                 self.users[source].append(op)
 
-    def _is_value(self, node: fx.Node, operands: list[fx.Node], captured: Captured) -> bool:
+    def _is_value(self, node: fx.Node, operands: list[fx.Node], captured: Captured, reached: set[fx.Node]) -> bool:
         if node.op == "placeholder":
             return node in captured.inputs and is_floating(value_of(node))
         if not is_tensor(value_of(node)):
             return False
         kind = KINDS.get(base_name(node)) if node.op.startswith("call") else None
-        if kind in (Kind.PROJECTION, Kind.CONV, Kind.LOOKUP):
+        if kind in (Kind.PROJECTION, Kind.CONV) or (kind is Kind.LOOKUP and node in reached):
             return True
         return kind is not Kind.CONSTANT and any(operand in self._of_node for operand in operands)
 
@@ -105,6 +106,8 @@ class Flow:
             values = (values[0], *[None] * (len(values) - 1))
         if kind is Kind.PRODUCT and sum(value is not None for value in values) == 1:
             kind = Kind.POINTWISE  # a scale
+        if kind is Kind.REDUCE and name in ("max", "min") and len(operands) == 2:
+            kind = Kind.NONLINEAR  # the larger or smaller of two values
         op = Op(len(self.ops), node, name, kind, shape_of(value_of(node)), values)
         if kind in (Kind.PROJECTION, Kind.CONV, Kind.MATMUL):
             attach_weight(op, operands, static)

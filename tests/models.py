@@ -89,13 +89,13 @@ def _regnet() -> nn.Module:
 
 
 def _efficientnet() -> nn.Module:
-    blocks = [["ds_r1_k3_s1_e1_c8_se0.25"], ["ir_r2_k3_s2_e6_c8_se0.25"], ["ir_r2_k5_s2_e6_c16_se0.25"]]
+    blocks = [["ds_r1_k3_s1_e1_c16_se0.25"], ["ir_r3_k3_s2_e6_c8_se0.25"], ["ir_r2_k5_s2_e6_c16_se0.25"]]
     return EfficientNet(decode_arch_def(blocks), num_classes=7, num_features=32, stem_size=8, act_layer=nn.SiLU)
 
 
 def _mobilenetv3() -> nn.Module:
     blocks = decode_arch_def(
-        [["ds_r1_k3_s2_e1_c8_se0.25_nre"], ["ir_r2_k3_s2_e4_c8_nre"], ["ir_r2_k5_s1_e4_c16_se0.25"], ["cn_r1_k1_s1_c32"]]
+        [["ds_r1_k3_s2_e1_c16_se0.25_nre"], ["ir_r3_k3_s2_e4_c8_nre"], ["ir_r2_k5_s1_e4_c16_se0.25"], ["cn_r1_k1_s1_c32"]]
     )
     return MobileNetV3(blocks, num_classes=7, num_features=32, stem_size=8, act_layer=nn.Hardswish)
 
@@ -152,10 +152,17 @@ MODELS: dict[str, Model] = {
         num_heads=(2, 4),
         window_size=4,
     ),
-    # widths 32, 32, 64, 64: the first blocks of stages 1 and 3 are entries, whose last weight is the W of those that follow
-    "resnet": _timm("resnet50", 64, {"bottleneck": 5}, 6 * 8 * 32 + 4 * 16 * 64, layers=(2, 2, 2, 1), channels=(8, 8, 16, 16)),
+    # every first block is an entry, whose last weight is the W of those that follow
+    "resnet": _timm("resnet50", 64, {"bottleneck": 3}, 2 * (4 * 16 + 8 * 32 + 16 * 64), layers=(2, 2, 2, 1), channels=(4, 8, 16, 32)),
     "resnext": _timm(
-        "resnext50_32x4d", 64, {"bottleneck": 4}, 8 * 8 * 32, layers=(2, 1, 1, 1), channels=(8, 8, 8, 8), cardinality=2, base_width=32
+        "resnext50_32x4d",
+        64,
+        {"bottleneck": 2},
+        2 * (4 * 16 + 8 * 32),
+        layers=(2, 2, 1, 1),
+        channels=(4, 8, 16, 32),
+        cardinality=2,
+        base_width=32,
     ),
     "regnet": _image(
         _regnet,
@@ -164,8 +171,13 @@ MODELS: dict[str, Model] = {
         (8 * 8 + 16 * 2 + 32 * 4 + 2 * 32 * 8 + 64 * 8 + 2 * 64 * 16) + 4 * 32 * 32 + 4 * 64 * 64,
     ),
     "convnext": _timm("convnext_atto", 32, {"mlp": 4}, 2 * 8 * 32 + 2 * 16 * 64, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
-    # gates; the two blocks of 8 channels share one W; the second of 16
-    "efficientnet": _image(_efficientnet, 32, {"squeeze_excite": 5, "bottleneck": 3}, (8 * 2 + 3 * 48 * 2 + 96 * 4) + 3 * 8 * 48 + 16 * 96),
+    # gates; the two residual blocks of 8 channels share one W; the second of 16
+    "efficientnet": _image(
+        _efficientnet,
+        32,
+        {"squeeze_excite": 6, "bottleneck": 3},
+        (8 * 2 + 96 * 4 + 3 * 48 * 2 + 96 * 4) + 3 * 8 * 48 + 16 * 96,
+    ),
     "mobilenetv3": _image(_mobilenetv3, 32, {"squeeze_excite": 3, "bottleneck": 3}, (8 * 2 + 32 * 8 + 64 * 16) + 3 * 8 * 32 + 16 * 64),
     # 16 tokens, mixed by 16 hidden units
     "mixer": _image(_mixer, 32, {"mlp": 4}, 2 * (16 * 16 + 32 * 128)),

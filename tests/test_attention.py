@@ -620,3 +620,21 @@ def test_grouped_1x1_values() -> None:
     made = pe_fx.plan(net, torch.randn(2, D, 5))
     assert not any("v.weight" in str(tie) for tie in made.ties)
     assert any("k.weight" in found.weights for found in made.misses), made.explain()
+
+
+def test_scores_bounded_by_a_constant() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        return torch.max(scores, torch.tensor(torch.finfo(scores.dtype).min)).softmax(-1) @ v
+
+    assert sorted(ties(pe_fx.plan(separate(attend), X))) == sorted(SEPARATE)
+
+
+def test_rotation_from_a_table() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        turn = m.table(torch.arange(x.shape[1]))[:, None].repeat(1, 1, HEAD).mT.mT
+        q, k = (heads(part(x)) * turn.transpose(0, 1) for part in (m.q, m.k))
+        return m.out(joined(sdpa(q, k, heads(m.v(x)))))
+
+    net = Net(forward, table=torch.nn.Embedding(X.shape[1], 1), **{name: linear(D, D) for name in ("q", "k", "v", "out")})
+    assert sorted(ties(pe_fx.plan(net, X))) == sorted(SEPARATE)
