@@ -189,7 +189,7 @@ def torchvision_entry(name: str) -> Entry:
     if ".detection." not in builder.__module__:
         inputs = torch.randn(2, 3, *[299 if name == "inception_v3" else 224] * 2)
         return constructed(lambda **shallow: builder(**options, **shallow), inputs, (), family)
-    return constructed(lambda **shallow: builder(**options, **shallow).backbone, torch.randn(2, 3, 256, 256), (), family + ", backbone")
+    return constructed(lambda **shallow: builder(**options, **shallow).backbone, torch.randn(2, 3, 320, 320), (), family + ", backbone")
 
 
 # ---------------------------------------------------------------------------------------------------------- transformers
@@ -239,7 +239,9 @@ FIXED: dict[str, Any] = {
     "encoder_layerdrop": 0.0,
     "decoder_layerdrop": 0.0,
 }
+SERIES: dict[str, Any] = {"prediction_length": 8, "context_length": 32, "lags_sequence": [1, 2, 3], "num_time_features": 1}
 OVERRIDES: dict[str, dict[str, Any]] = {  # where the rules above make a configuration that is inconsistent or not small
+    "autoformer": SERIES,
     "ctrl": {"n_embd": 64, "dff": 128},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 128, "hidden_size": 64}},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -247,9 +249,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # where the rules above make a configu
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "flaubert": {"emb_dim": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "informer": SERIES,
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
     "reformer": {"axial_pos_shape": [4, 4], "axial_pos_embds_dim": [32, 32], "num_hashes": 1, "is_decoder": False},
+    "time_series_transformer": SERIES,
     "xlm": {"emb_dim": 64},
 }
 
@@ -410,10 +414,14 @@ def transformers_inputs(model: Any) -> Iterator[Iterator[dict[str, Any]]]:
     parameters = inspect.signature(model.forward).parameters
     required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     names = [*required, model.main_input_name]
+    if "past_values" in required:
+        names += [
+            name for name in ("past_time_features", "past_observed_mask", "future_values", "future_time_features") if name in parameters
+        ]
     if "decoder_input_ids" in parameters and getattr(configuration, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
     media = [name for name in ("pixel_values", "image_grid_thw", "input_features", "input_values") if name in parameters]
-    text = [name for name in ("input_ids",) if name in parameters]
+    text = [name for name in ("input_ids", "visual_feats", "visual_pos") if name in parameters]
     mask = ["attention_mask"] if "attention_mask" in parameters else []
     variants = (names + text + media, names + text, names, names + text + mask)
     for chosen in {tuple(dict.fromkeys(variant)): None for variant in variants}:
@@ -438,8 +446,10 @@ def _values(name: str, configuration: Any) -> Iterator[Any]:
     elif name == "image_grid_thw":
         yield torch.tensor([[1, 4, 4]] * 2)
     elif name in ("pixel_values_videos",):
-        yield torch.randn(2, _first(configuration, "num_frames", "frames", default=4), 3, *[_image_size(configuration)] * 2)
+        yield torch.randn(2, _first(configuration, "num_frames", "frames", default=4), 3, *_image_size(configuration))
     elif name == "input_features":
+        if hasattr(configuration, "audio_config"):
+            yield torch.randn(2, 1, 1001, _first(configuration, "num_mel_bins", default=64))
         bins = _first(
             configuration, "feature_projection_input_dim", "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", default=80
         )
@@ -462,7 +472,7 @@ def _values(name: str, configuration: Any) -> Iterator[Any]:
         yield from _series(name, configuration)
     elif name.endswith("mask") or name.endswith("masks"):
         yield torch.ones(2, LENGTH, dtype=torch.long)
-    elif name in ("inputs_embeds", "hidden_states", "visual_embeds", "visual_feats", "encoder_hidden_states"):
+    elif name in ("inputs", "inputs_embeds", "hidden_states", "visual_embeds", "visual_feats", "encoder_hidden_states"):
         width = _first(configuration, "visual_feat_dim", "visual_embedding_dim", "d_model", "hidden_size", default=WIDTH)
         yield torch.randn(2, LENGTH, width)
     elif name == "visual_pos":
@@ -486,12 +496,14 @@ def _token_ids(configuration: Any, length: int) -> Iterator[Tensor]:
     yield ids % 8 + 2
 
 
-def _image_size(configuration: Any) -> int:
+def _image_size(configuration: Any) -> tuple[int, int]:
     size = _first(configuration, "image_size", "img_size", "input_size", default=64)
-    return int(size[-1] if isinstance(size, (list, tuple)) else size)
+    height, width = (size[-2], size[-1]) if isinstance(size, (list, tuple)) and len(size) > 1 else (size, size)
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else (64, 64)
 
 
 def _images(configuration: Any) -> Iterator[Tensor]:
+    """Images as such, as patches, and as videos."""
     channels = _first(configuration, "num_channels", "in_channels", "in_chans", default=3)
     channels = channels if isinstance(channels, int) else 3
     frames, patches, patch = (_first(configuration, name) for name in ("temporal_patch_size", "num_patches", "patch_size"))
@@ -499,11 +511,11 @@ def _images(configuration: Any) -> Iterator[Tensor]:
         yield torch.randn(32, channels * frames * patch**2)
     if isinstance(patches, int) and isinstance(patch, int):
         yield torch.randn(2, patches, channels * patch**2)
-    sizes = list(dict.fromkeys((_image_size(configuration), 64, 224)))
+    sizes = list(dict.fromkeys((_image_size(configuration), (64, 64), (224, 224))))
     for size in sizes:
-        yield torch.randn(2, channels, size, size)
-    yield torch.randn(2, _first(configuration, "num_frames", "frames_per_clip", default=4), channels, sizes[0], sizes[0])
-    yield torch.randn(2, 1, channels, sizes[0], sizes[0])
+        yield torch.randn(2, channels, *size)
+    yield torch.randn(2, _first(configuration, "num_frames", "frames_per_clip", default=4), channels, *sizes[0])
+    yield torch.randn(2, 1, channels, *sizes[0])
 
 
 def _series(name: str, configuration: Any) -> Iterator[Tensor]:

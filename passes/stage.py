@@ -72,7 +72,7 @@ def share_stages(
     for kind in dict.fromkeys(kinds):
         entries = {pair: _treated(flow, pair, entry) for pair in entry_pairs(flow)} if kind == "bottleneck" else {}
         entries = {pair: treated for pair, treated in entries.items() if wanted(treated)}
-        stages = _stages(flow, [site for site in result if site.kind == kind and _is_residual(flow, site)], entries, trait)
+        stages = _stages(flow, [site for site in result if site.kind == kind], entries, trait)
         replaced: dict[tuple[str, ...], Site] = {}
         for stage in stages:
             for site in _shared(stage):
@@ -100,6 +100,8 @@ def _stages(flow: Flow, sites: Iterable[Site], entries: Iterable[Pair], trait: C
     blocks.sort(key=lambda block: block.first.index)
     stages: list[_Stage] = []
     for position, block in enumerate(blocks):
+        if isinstance(block.found, Site) and not _is_residual(flow, block.found):
+            continue
         own = trait(block.weights[0])
         earlier = [other for other in blocks[:position] if trait(other.weights[0]) == own]
         alike = (stage for stage in reversed(stages) if trait(stage.root) == own)

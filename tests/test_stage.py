@@ -352,3 +352,10 @@ def test_share_on_request(share: tuple[str, ...], feed_forward: int, attention: 
 def test_share_on_request_leaves_bottlenecks_unshared() -> None:
     made = pe_fx.plan(nn.Sequential(Block(), Block()), X, share=("mlp",))
     assert ties(made) == ["0.conv3.weight ← 0.conv1.weightᵀ", "1.conv3.weight ← 1.conv1.weightᵀ"]
+
+
+def test_block_of_another_kind_between_ends_the_stage() -> None:
+    net = nn.Sequential(Block(), Block(), Block(OUT, stride=2), Block(), Block())
+    made = pe_fx.plan(net, torch.randn(2, OUT, 8, 8))
+    assert "4.conv1.weight ← 3.conv1.weight" in ties(made)
+    assert not any(tie.source.startswith("0.") and tie.target.startswith(("2.", "3.", "4.")) for tie in made.ties)
