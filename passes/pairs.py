@@ -256,7 +256,7 @@ def leak(flow: Flow, first: Op, second: Op) -> str:
 
 
 def _is_matrix(op: Op) -> bool:
-    return op.is_projection and op.weight is not None and op.weight.is_matrix and op.weight.block.is_whole
+    return op.is_projection and op.weight is not None and op.weight.is_whole_matrix
 
 
 def _is_claimed(flow: Flow, op: Op) -> bool:

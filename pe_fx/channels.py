@@ -56,15 +56,19 @@ def channels_along(tags: Any, axis: int) -> list[int] | None:
     largest = flat.amax(0)
     if not bool(((flat == largest) | (flat == 0)).all()) or not bool((largest > 0).all()):
         return None
-    return [int(value) - 1 for value in largest.tolist()]
+    numbers: list[int] = (largest.long() - 1).tolist()
+    return numbers
 
 
 def channels_in(tags: Any) -> list[int] | None:
     """All channels of the origin that a value holds, sorted; None where it holds anything else (beside padding)."""
     if not isinstance(tags, Tensor):
         return None
-    present = [int(value) for value in torch.unique(_shrink(tags)).tolist()]
-    return [value - 1 for value in present if value] if min(present) >= 0 and max(present) > 0 else None
+    present = torch.unique(_shrink(tags)).long() - 1  # type: ignore[no-untyped-call]
+    if present[0] < -1 or present[-1] < 0:
+        return None
+    channels: list[int] = present[present >= 0].tolist()
+    return channels
 
 
 def varying_axes(tags: Tensor) -> list[int]:
@@ -231,6 +235,9 @@ def _carried(op: Op, states: dict[Op, Channels]) -> Tensor | None:
         summed = [axis for axis, label in enumerate(names) if label not in labels[2]]
         tags = _lazy(tags)
         for axis in reversed(summed):
+            if tags.stride(axis) == 0:
+                tags = tags.select(axis, 0)
+                continue
             largest = tags.amax(axis)
             if not bool(((tags == largest.unsqueeze(axis)) | (tags == 0)).all()):
                 break

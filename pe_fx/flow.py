@@ -43,6 +43,7 @@ class Flow:
         self.claimed: dict[str, str] = {}
         self.carriers: set[Op] = set()
         self._of_node: dict[fx.Node, Op] = {}
+        self._traces: dict[tuple[Op, int], dict[Op, Channels]] = {}  # carriers only grow: their number tells their set
         self._build(captured)
         self._dominance()
 
@@ -205,13 +206,20 @@ class Flow:
         channels pass (attention's weighted mean of values). `loosely`: sums with values from elsewhere and
         weights over other axes are followed too.
         """
-        if tags is None:
-            tags = expand_along(torch.arange(1.0, start.shape[start.out_axis] + 1, dtype=torch.float64), start.shape, start.out_axis)
-        states = {start: Channels(tags)}
-        passing = self.carriers.union(carriers)
+        if tags is None and not carriers and not loosely:
+            states = self._traces.setdefault((start, len(self.carriers)), {start: _own_channels(start)})
+        else:
+            states = {start: _own_channels(start) if tags is None else Channels(tags)}
+        passing = self.carriers.union(carriers) if carriers else self.carriers
         for op in (*self.between(start, end), end) if end is not start else ():
-            states[op] = transfer(op, states, passing, loosely)
+            if op not in states:
+                states[op] = transfer(op, states, passing, loosely)
         return states
+
+
+def _own_channels(op: Op) -> Channels:
+    numbers = torch.arange(1.0, op.shape[op.out_axis] + 1, dtype=torch.float64)
+    return Channels(expand_along(numbers, op.shape, op.out_axis))
 
 
 def _walk(start: Op, following: Callable[[Op], Iterable[Op]], through: Test, until: Test) -> Iterator[Op]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import string
 from collections.abc import Iterable
@@ -48,7 +49,7 @@ class Weight:
     def matrix(self) -> tuple[int, int]:
         return self.outputs, self.inputs
 
-    @property
+    @functools.cached_property
     def is_straight(self) -> bool:
         """Whether output channel i is the parameter's row i."""
         return self.rows == tuple(range(self.outputs))
@@ -62,9 +63,13 @@ class Weight:
         """Whether it multiplies each position by one matrix: a linear or an ungrouped 1x1 convolution."""
         return math.prod(self.kernel) == 1 and self.groups == 1
 
+    @functools.cached_property
+    def is_whole_matrix(self) -> bool:
+        return self.is_matrix and self.block.is_whole
+
     def of_channels(self, channels: Iterable[int]) -> Block:
         """The part of the parameter that makes these output channels."""
-        return self.block.narrowed(self.out_dim, (self.rows[channel] for channel in channels))
+        return self.block.narrowed(self.out_dim, channels if self.is_straight else (self.rows[channel] for channel in channels))
 
 
 @dataclass(eq=False)
@@ -83,7 +88,7 @@ class Op:
     out_axis: int = -1
     groups: int = 1
 
-    @property
+    @functools.cached_property
     def inputs(self) -> tuple[Op, ...]:
         return tuple(op for op in self.operands if op is not None)
 
@@ -162,7 +167,7 @@ def factors(op: Op) -> tuple[Op | None, ...]:
 def shape_of(value: Any) -> Shape:
     if isinstance(value, (list, tuple)):
         return (len(value),)
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+    return tuple(size if isinstance(size, int) else 1 for size in value.shape) if isinstance(value, Tensor) else ()
 
 
 def is_tensor(value: Any) -> bool:

@@ -616,3 +616,8 @@ def test_weight_or_bias_made_from_the_input(part: str) -> None:
 
     made = pe_fx.plan(Net(forward, a=weight(16, 8), b=weight(8, 16)), X)
     assert not made.sites
+
+
+def test_as_many_tokens_as_a_mask_selects() -> None:
+    net = pair(lambda m, x: m.fc2(F.layer_norm(m.fc1(x[x[..., 0] > 0]).relu(), (16,))))
+    assert ties(pe_fx.plan(net, X)) == ["fc2.weight ← fc1.weightᵀ"]
