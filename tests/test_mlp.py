@@ -621,3 +621,13 @@ def test_weight_or_bias_made_from_the_input(part: str) -> None:
 def test_as_many_tokens_as_a_mask_selects() -> None:
     net = pair(lambda m, x: m.fc2(F.layer_norm(m.fc1(x[x[..., 0] > 0]).relu(), (16,))))
     assert ties(pe_fx.plan(net, X)) == ["fc2.weight ← fc1.weightᵀ"]
+
+
+def test_part_of_the_hidden_value_overwritten_from_elsewhere() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.fc1(x).relu()
+        h[:, 0] = m.other(x)[:, 0]
+        return m.fc2(h)
+
+    net = Net(forward, fc1=linear(8, 16), fc2=linear(16, 8), other=linear(8, 16))
+    assert not pe_fx.plan(net, X).ties
