@@ -7,8 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 import pe_fx
 from pe_fx import Plan
@@ -29,6 +31,24 @@ class Net(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.body(self, *args, **kwargs)
+
+
+class Doubled(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w
+
+
+every_parametrization = pytest.mark.parametrize(
+    "register",
+    [
+        parametrizations.weight_norm,
+        parametrizations.orthogonal,
+        parametrizations.spectral_norm,
+        lambda module: parametrize.register_parametrization(module, "weight", Doubled()),
+    ],
+    ids=["weight_norm", "orthogonal", "spectral_norm", "custom"],
+)
+"""Runs a test with every way to parametrize a module's weight, as `register(module)`."""
 
 
 def weight(*shape: int) -> nn.Parameter:

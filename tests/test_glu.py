@@ -8,9 +8,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Net, assert_equals_twin, assert_hit, assert_idempotent, assert_miss, linear, ties, weight
+from oracle import Net, assert_equals_twin, assert_hit, assert_idempotent, assert_miss, every_parametrization, linear, ties, weight
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
 
 import pe_fx
 
@@ -233,22 +232,8 @@ def test_frozen_gate_is_no_obstacle() -> None:
     hit(net, X, TIE)
 
 
-class Doubled(nn.Module):
-    def forward(self, w: Tensor) -> Tensor:
-        return 2 * w
-
-
 @pytest.mark.parametrize("part", ["up", "down"])
-@pytest.mark.parametrize(
-    "register",
-    [
-        parametrizations.weight_norm,
-        parametrizations.orthogonal,
-        parametrizations.spectral_norm,
-        lambda module: parametrize.register_parametrization(module, "weight", Doubled()),
-    ],
-    ids=["weight_norm", "orthogonal", "spectral_norm", "custom"],
-)
+@every_parametrization
 def test_parametrized(register: Callable[[nn.Module], object], part: str) -> None:
     net = swiglu()
     register(net.get_submodule(part))
