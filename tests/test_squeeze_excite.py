@@ -8,9 +8,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Net, assert_equals_twin, assert_hit, assert_idempotent, assert_miss, linear, ties, weight
+from oracle import Net, assert_equals_twin, assert_hit, assert_idempotent, assert_miss, every_parametrization, linear, ties, weight
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
 
 import pe_fx
 
@@ -170,17 +169,8 @@ def test_frozen_beside_trained(frozen: str) -> None:
     miss(net, X, rf"{frozen}\.weight is frozen", weights=("reduce.weight", "expand.weight"))
 
 
-class Doubled(nn.Module):
-    def forward(self, w: Tensor) -> Tensor:
-        return 2 * w
-
-
 @pytest.mark.parametrize("end", ["reduce", "expand"])
-@pytest.mark.parametrize(
-    "register",
-    [parametrizations.weight_norm, lambda module: parametrize.register_parametrization(module, "weight", Doubled())],
-    ids=["weight_norm", "custom"],
-)
+@every_parametrization
 def test_parametrized(register: Callable[[nn.Module], object], end: str) -> None:
     net = gate(default)
     register(net.get_submodule(end))
