@@ -17,10 +17,8 @@ import timm
 from torch import nn
 from tqdm import tqdm
 
+from pe_fx.api import plan_captured
 from pe_fx.capture import Captured, capture
-from pe_fx.flow import Flow, one_thread
-from pe_fx.passes import find
-from pe_fx.passes.stage import share_stages
 from pe_fx.ties import table
 
 
@@ -43,17 +41,10 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def match(captured: Captured) -> None:
-    with one_thread():
-        flow = Flow(captured)
-        sites, misses = find(flow)
-        share_stages(flow, sites, misses, ("bottleneck",), "keep")
-
-
-def function_calls(captured: Captured) -> int:
+def function_calls(model: nn.Module, captured: Captured) -> int:
     """Work that no other load on the machine disturbs."""
     profile = cProfile.Profile()
-    profile.runcall(match, captured)
+    profile.runcall(plan_captured, model, captured)
     return sum(entry.callcount for entry in profile.getstats())
 
 
@@ -63,22 +54,22 @@ def main() -> None:
     options = parser.parse_args()
     models = {name: build() for name, build in MODELS.items()}
     graphs = {name: capture(model) for name, model in models.items()}
-    for graph in graphs.values():
-        match(graph)
+    for name, graph in graphs.items():
+        plan_captured(models[name], graph)
     captures: dict[str, list[float]] = {name: [] for name in models}
     matches: dict[str, list[float]] = {name: [] for name in models}
     for _ in tqdm(range(options.repeats), desc="rounds"):
         for name, model in models.items():
             captures[name].append(seconds(lambda model=model: capture(model)))  # type: ignore[misc]
-            matches[name].append(seconds(lambda graph=graphs[name]: match(graph)))  # type: ignore[misc]
+            matches[name].append(seconds(lambda name=name, model=model: plan_captured(model, graphs[name])))  # type: ignore[misc]
     rows = [
         (name, f"{len(graphs[name].graph.nodes):,}", f"{100 * statistics.median(matches[name]) / statistics.median(captures[name]):.1f} %")
         for name in models
     ]
     print(table(("model", "nodes", "matching / capture"), rows))
     growth = statistics.median(deep / shallow for deep, shallow in zip(matches["vit, 96 layers"], matches["vit, 24 layers"], strict=True))
-    calls = function_calls(graphs["vit, 96 layers"]) / function_calls(graphs["vit, 24 layers"])
-    print(f"\n96 layers / 24 layers: {growth:.2f} times the matching's seconds, {calls:.2f} times its function calls")
+    deep, shallow = (function_calls(models[name], graphs[name]) for name in ("vit, 96 layers", "vit, 24 layers"))
+    print(f"\n96 layers / 24 layers: {growth:.2f} times the matching's seconds, {deep / shallow:.2f} times its function calls")
 
 
 if __name__ == "__main__":

@@ -47,9 +47,32 @@ def plan(
     Takes the options of `transform`. Raises `PeFxError` for wrong options and `CaptureError` where the model's graph cannot
     be captured.
     """
+    _checked_rules(rules)
+    _checked_options(share=share, entry=entry, include=include, exclude=exclude)
+    captured = capture(model, example_inputs)
+    return plan_captured(model, captured, rules=rules, share=share, entry=entry, include=include, exclude=exclude)
+
+
+def plan_captured(
+    model: nn.Module,
+    captured: Captured,
+    *,
+    rules: Sequence[str | Rule] = DEFAULT_RULES,
+    share: Sequence[str] = ("bottleneck",),
+    entry: str = "keep",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Plan:
+    """`plan` for a graph that was captured before.
+
+    >>> from pe_fx.capture import capture
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> len(plan_captured(model, capture(model)).sites)
+    1
+    """
     chosen = _checked_rules(rules)
     options = _checked_options(share=share, entry=entry, include=include, exclude=exclude)
-    captured = _canonical(capture(model, example_inputs), model)
+    captured = _canonical(captured, model)
     kinds = {rule.kind for rule in chosen}
 
     def wanted(found: Site | Miss) -> bool:

@@ -1,0 +1,140 @@
+"""The models of the sweep: how each is built, and with which inputs it is planned and verified."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision import models as vision  # type: ignore[import-untyped]
+
+SMALL = (112, 128)
+"""Image sizes to verify at: a graph's ties do not depend on the size, the time does."""
+
+
+@dataclass
+class Built:
+    """A model with inputs that fit it; `how` says how it was built."""
+
+    model: nn.Module
+    inputs: Any
+    how: str
+
+
+@dataclass
+class Entry:
+    """A model of a set: its family, ways to build it for planning, in the order in which they are tried, and for verifying."""
+
+    family: str
+    candidates: Callable[[], Iterator[Built]]
+    verifiable: Callable[[int, Built], Built | None]
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'…' * (len(text) > 300)}"
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def moved(inputs: Any, device: str) -> Any:
+    """The inputs, whose tensors may lie in lists, tuples and dicts, on another device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: moved(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        return type(inputs)(moved(value, device) for value in inputs)
+    return inputs
+
+
+def entry(
+    build: Callable[..., nn.Module],
+    size: Sequence[int],
+    family: str,
+    shallow: Sequence[Mapping[str, Any]] = (),
+    resized: Callable[[int], Mapping[str, Any]] = lambda size: {},
+) -> Entry:
+    """The entry of a model of images that a function of a library makes.
+
+    `shallow` are options that make the model small, `resized` those that make it fit another image size.
+    """
+    images = torch.randn(2, *size)
+
+    def candidates() -> Iterator[Built]:
+        with contextlib.suppress(Exception):  # constructors that compute with their weights; built in memory next
+            yield Built(on_meta(build), images.to("meta"), "meta")
+        yield Built(build(), images, "memory")
+
+    def verifiable(limit: int, planned: Built) -> Built | None:
+        fits = count(planned.model) <= limit
+        for options in ({},) if fits else shallow:
+            for side in (*(side for side in SMALL if side < size[-1]), None):
+                small = images if side is None else images[:, :, :side, :side]
+                for extra in ({},) if side is None else ({}, resized(side)):
+                    with contextlib.suppress(Exception):  # options that the constructor, or sizes that the model, does not take
+                        model = on_meta(lambda: build(**options, **extra))  # noqa: B023
+                        if count(model) <= limit:
+                            model.eval()(small.to("meta"))
+                            return Built(build(**options, **extra), small, "full" if fits else "shallow")
+        return Built(build(), images, "full") if fits else None
+
+    return Entry(family, candidates, verifiable)
+
+
+TIMM_SHALLOW = (
+    {"depth": 2},
+    {"depths": (1, 1, 1, 1)},
+    {"depths": (2, 2, 2, 2)},
+    {"layers": (1, 1, 1, 1)},
+    {"depth": 4},
+    {"depths": (2, 2, 2)},
+    {"num_layers": 2},
+)
+
+
+def timm_names() -> list[str]:
+    return list(timm.list_models())
+
+
+def timm_entry(name: str) -> Entry:
+    configuration = timm.get_pretrained_cfg(name)
+    module = inspect.getmodule(timm.model_entrypoint(name))
+    return entry(
+        lambda **options: timm.create_model(name, pretrained=False, **options),
+        configuration.input_size if configuration is not None else (3, 224, 224),
+        module.__name__.rpartition(".")[2] if module else "",
+        TIMM_SHALLOW,
+        lambda side: {"img_size": side},
+    )
+
+
+def torchvision_names() -> list[str]:
+    return [name for module in (vision, vision.segmentation, vision.detection) for name in vision.list_models(module=module)]
+
+
+def torchvision_entry(name: str) -> Entry:
+    """Detectors choose boxes by their values, which no graph can hold: of them the backbone is planned."""
+    builder = vision.get_model_builder(name)
+    family = builder.__module__.rpartition(".")[2]
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options["weights_backbone"] = None
+    if "init_weights" in inspect.signature(builder).parameters:
+        options["init_weights"] = False
+    if ".detection." in builder.__module__:
+        return entry(lambda **extra: builder(**options, **extra).backbone, (3, 320, 320), family + ", backbone")
+    side = 299 if name == "inception_v3" else 224
+    return entry(lambda **extra: builder(**options, **extra), (3, side, side), family, resized=lambda side: {"image_size": side})
