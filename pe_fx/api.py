@@ -7,14 +7,15 @@ import fnmatch
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from pe_fx.capture import Captured, ExampleInputs, capture
+from pe_fx.capture import Captured, ExampleInputs, capture, value_of
 from pe_fx.entry import widen_params
 from pe_fx.errors import NoSitesWarning, PeFxError
 from pe_fx.flow import Flow, one_thread
@@ -22,7 +23,7 @@ from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.rewrite import INITS, rewrite_graph, rewrite_modules
 from pe_fx.tied import Tied
-from pe_fx.ties import Miss, Plan, Site, Tie
+from pe_fx.ties import Miss, Plan, Shape, Site, Tie
 
 KINDS = tuple(rule.kind for rule in DEFAULT_RULES)
 
@@ -82,21 +83,28 @@ def plan_captured(
     with one_thread():
         flow = Flow(captured)
         sites, misses = find(flow, (*custom, *DEFAULT_RULES))
-        sites, refused = _tieable(filter(wanted, sites), model)
+        owners = _owners(model, captured)
+        sites, refused = _tieable(filter(wanted, sites), owners)
         misses = [miss for miss in (*misses, *refused) if wanted(miss)]
-        sites, misses = share_stages(flow, sites, misses, share, entry, wanted, functools.partial(_trait, dict(model.named_parameters())))
-    sites, refused = _tieable(sites, model)
-    shapes = captured.shapes()
-    numel = {name: math.prod(shape) for name, shape in shapes.items()} | {name: p.numel() for name, p in model.named_parameters()}
+        sites, misses = share_stages(flow, sites, misses, share, entry, wanted, functools.partial(_trait, owners))
+    sites, refused = _tieable(sites, owners)
+    shapes = captured.shapes() | {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    misses = list(dict.fromkeys((*misses, *refused)))
+    return plan_of(sites, shapes, misses, {"rules": tuple(rule.kind for rule in chosen)} | options)
+
+
+def plan_of(sites: Sequence[Site], shapes: Mapping[str, Shape], misses: Sequence[Miss] = (), options: Mapping[str, Any] | None = None) -> Plan:
+    """The plan that holds these sites, of a model whose parameters have these shapes."""
+    numel = {name: math.prod(shape) for name, shape in shapes.items()}
     sites = [replace(site, saved=_saved(site, shapes, numel)) for site in sites]
     before = sum(numel.values())
     return Plan(
         sites=tuple(sites),
-        misses=tuple(dict.fromkeys((*misses, *refused))),
+        misses=tuple(misses),
         shapes={name: shapes[name] for site in sites for name in (*site.weights, *(tie.source for tie in site.ties))},
         params_before=before,
         params_after=before - sum(site.saved for site in sites),
-        options={"rules": tuple(rule.kind for rule in chosen)} | options,
+        options=dict(options or {}),
     )
 
 
@@ -236,28 +244,33 @@ def _selected(found: Site | Miss, include: Sequence[str] | None, exclude: Sequen
 
 @dataclass(frozen=True)
 class _Owner:
-    module: nn.Module
-    parameter: nn.Parameter
-    places: int
+    """A parameter, or the value that stands for it in a graph; the module that holds it; and in how many places it is held."""
+
+    parameter: Tensor
+    module: nn.Module | None = None
+    places: int = 1
 
 
-def _trait(parameters: dict[str, nn.Parameter], name: str) -> tuple[object, ...] | None:
-    parameter = parameters.get(name)
-    return None if parameter is None else (parameter.requires_grad, parameter.dtype, parameter.device)
-
-
-def _tieable(sites: Iterable[Site], model: nn.Module) -> tuple[list[Site], list[Miss]]:
-    """Refuses ties that the weights themselves forbid."""
-    owners: dict[str, _Owner] = {}
-    places: dict[int, int] = {}
+def _owners(model: nn.Module, captured: Captured) -> dict[str, _Owner]:
+    places: Counter[int] = Counter()
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                places[id(parameter)] = places.get(id(parameter), 0) + 1
+        places.update(id(parameter) for parameter in module._parameters.values())
+    owners = {name: _Owner(value_of(node)) for node, name in captured.weights.items()}
+    named: dict[str, _Owner] = {}
     for path, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(f"{path}.{attribute}" if path else attribute, _Owner(module, parameter, places[id(parameter)]))
+                named.setdefault(f"{path}.{attribute}" if path else attribute, _Owner(parameter, module, places[id(parameter)]))
+    return owners | named
+
+
+def _trait(owners: Mapping[str, _Owner], name: str) -> tuple[object, ...] | None:
+    owner = owners.get(name)
+    return None if owner is None else (owner.parameter.requires_grad, owner.parameter.dtype, owner.parameter.device)
+
+
+def _tieable(sites: Iterable[Site], owners: Mapping[str, _Owner]) -> tuple[list[Site], list[Miss]]:
+    """Refuses ties that the weights themselves forbid."""
     kept: list[Site] = []
     misses: list[Miss] = []
     for site in sites:
@@ -269,7 +282,7 @@ def _tieable(sites: Iterable[Site], model: nn.Module) -> tuple[list[Site], list[
     return kept, misses
 
 
-def _forbidden(tie: Tie, owners: dict[str, _Owner]) -> str | None:
+def _forbidden(tie: Tie, owners: Mapping[str, _Owner]) -> str | None:
     target, source = owners.get(tie.target), owners.get(tie.source)
     if target is None or source is None:
         return None
@@ -293,7 +306,7 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _saved(site: Site, shapes: dict[str, tuple[int, ...]], numel: dict[str, int]) -> int:
+def _saved(site: Site, shapes: Mapping[str, Shape], numel: Mapping[str, int]) -> int:
     """Parameters that the site's ties and its entry treatment remove."""
     saved = 0
     for tie in site.ties:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,29 +49,34 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
         tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text), rest)
 
 
-def rewrite_graph(gm: fx.GraphModule, plan: Plan) -> None:
+def rewrite_graph(gm: fx.GraphModule, plan: Plan, weights: Mapping[str, fx.Node] | None = None) -> None:
     """Ties, in place, a graph whose weights are placeholders: every read of a tied weight becomes an expression of its source.
 
-    The placeholders stay, so that the caller's arguments still fit; a weight that is tied away as a whole is not read any more.
+    `weights` says which node the plan's names mean; by default the placeholder of that name. The placeholders stay, so that the
+    caller's arguments still fit; a weight that is tied away as a whole is not read any more.
     Raises `PeFxError` where the plan names weights that the graph does not have.
     """
-    placeholders = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
-    _compare_shapes(plan, {name: tuple(getattr(value_of(node), "shape", ())) for name, node in placeholders.items()}, "graph")
+    nodes = {node.name: node for node in gm.graph.find_nodes(op="placeholder")} if weights is None else weights
+    _compare_shapes(plan, {name: tuple(getattr(value_of(node), "shape", ())) for name, node in nodes.items()}, "graph")
     if plan.entries:
         raise PeFxError("entry='slice' and 'expand' change modules; a graph whose weights are placeholders has none: use entry='keep'")
     targets = _by_target(plan.ties)
+    kept = {name: _kept(ties) for name, ties in targets.items()}
     tracer = fx.proxy.GraphAppendingTracer(gm.graph)
-    first_call = next(node for node in gm.graph.nodes if node.op != "placeholder")
-    for name, ties in targets.items():
-        readers = list(placeholders[name].users)
-        known = set(gm.graph.nodes)
-        with gm.graph.inserting_before(first_call):
-            own: Any = fx.Proxy(placeholders[name], tracer)
-            sources: Any = [fx.Proxy(placeholders[tie.source], tracer) for tie in ties]
-            dense: Any = _layout(ties, targets, {}).assemble(own, sources)
-        _record_values([node for node in gm.graph.nodes if node not in known])
-        for reader in readers:
-            reader.replace_input_with(placeholders[name], dense.node)
+    first_call = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
+    readers = {name: list(nodes[name].users) for name in targets}
+    known = set(gm.graph.nodes)
+    with gm.graph.inserting_before(first_call):
+        stored: dict[str, Any] = {name: fx.Proxy(nodes[name], tracer) for tie in plan.ties for name in (tie.target, tie.source)}
+        for name, ranges in kept.items():
+            if ranges:
+                axis = _axis(targets[name])
+                stored[name] = View((*[None] * axis, ranges))(stored[name])
+        for name, ties in targets.items():
+            dense: Any = _layout(ties, targets, kept).assemble(stored[name], [stored[tie.source] for tie in ties])
+            for reader in readers[name]:
+                reader.replace_input_with(nodes[name], dense.node)
+    _record_values([node for node in gm.graph.nodes if node not in known])
     gm.graph.lint()
     gm.recompile()
 
