@@ -93,7 +93,9 @@ def plan_captured(
     return plan_of(sites, shapes, misses, {"rules": tuple(rule.kind for rule in chosen)} | options)
 
 
-def plan_of(sites: Sequence[Site], shapes: Mapping[str, Shape], misses: Sequence[Miss] = (), options: Mapping[str, Any] | None = None) -> Plan:
+def plan_of(
+    sites: Sequence[Site], shapes: Mapping[str, Shape], misses: Sequence[Miss] = (), options: Mapping[str, Any] | None = None
+) -> Plan:
     """The plan that holds these sites, of a model whose parameters have these shapes."""
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
     sites = [replace(site, saved=_saved(site, shapes, numel)) for site in sites]
