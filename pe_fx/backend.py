@@ -1,0 +1,125 @@
+"""`torch.compile(model, backend="pe_fx")`: ties in Dynamo's graphs, lowered through Inductor."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+from pe_fx import casts
+from pe_fx.api import plan_captured, plan_of
+from pe_fx.capture import capture
+from pe_fx.dynamo import classes_in, fake_like, graph_break, lower, weights_of
+from pe_fx.errors import NoSitesWarning, PeFxError
+from pe_fx.ledger import Ledger, ledger
+from pe_fx.rewrite import rewrite_graph
+from pe_fx.tied import Tied
+from pe_fx.ties import Site
+
+log = logging.getLogger(__name__)
+
+TRANSFORM_OPTIONS = ("rules", "share", "include", "exclude")
+OPTIONS = (*TRANSFORM_OPTIONS, "mode", "inductor")
+
+
+class Backend:
+    """What torch.compile calls with each graph; found by the name "pe_fx".
+
+    >>> import torch, pe_fx
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> compiled = torch.compile(model, backend="pe_fx", options={"rules": ["mlp"]})
+
+    `options` takes `rules`, `share`, `include` and `exclude` of `pe_fx.transform`; `mode`, a mode of torch.compile, which itself
+    takes mode or options, not both; and `inductor`, a dict of `torch._inductor.config` entries.
+
+    A weight that is tied away is not read any more and gets no gradient. The ties are decided by the first graph that reads a
+    weight and hold in every graph after it; the model itself stays as it is until `pe_fx.commit(model)`. A graph in which
+    matching fails is compiled as it is, and the failure logged. Raises `PeFxError` for unknown options.
+    """
+
+    __name__ = "pe_fx"
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> Callable[..., Any]:
+        options = options or {}
+        unknown = [name for name in options if name not in OPTIONS]
+        if unknown:
+            raise PeFxError(f"option {unknown[0]!r} is unknown to the backend; choose from {', '.join(OPTIONS)}")
+        gm = self._tied(gm, example_inputs, {name: options[name] for name in TRANSFORM_OPTIONS if name in options})
+        return lower(gm, example_inputs, options.get("mode", mode), options.get("inductor", {}), casts.share_casts, casts.UUID)
+
+    def reset(self) -> None:
+        """Called by torch.compiler.reset(): forgets every tie."""
+        self.ledger.clear()
+
+    def _tied(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> fx.GraphModule:
+        weights = weights_of(gm, example_inputs)
+        if not weights:
+            return gm
+        parameters = {name: parameter for name, (_, parameter) in weights.items()}
+        sites, absent = self.ledger.sites(parameters)
+        new = self._new_sites(gm, weights, options)
+        self.ledger.record(new, parameters)
+        self._report(gm, parameters, [*sites, *new], new)
+        if not sites and not new:
+            return gm
+        tied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        tied.meta = gm.meta
+        placeholders = {node.name: node for node in tied.graph.find_nodes(op="placeholder")}
+        nodes = {name: placeholders[node.name] for name, (node, _) in weights.items()}
+        for name, source in absent.items():
+            tied.register_parameter(name, source)
+            with tied.graph.inserting_before(next(node for node in tied.graph.nodes if node.op != "placeholder")):
+                nodes[name] = tied.graph.get_attr(name)
+            nodes[name].meta["example_value"] = fake_like(gm, source)
+        shapes = {name: tuple(parameter.shape) for name, parameter in (parameters | absent).items()}
+        rewrite_graph(tied, plan_of([*sites, *new], shapes), nodes)
+        return tied
+
+    def _new_sites(self, gm: fx.GraphModule, weights: Mapping[str, tuple[fx.Node, nn.Parameter]], options: Mapping[str, Any]) -> list[Site]:
+        """Sites of weights that no graph has read before."""
+        undecided = {name for name, (_, parameter) in weights.items() if not self.ledger.is_decided(parameter)}
+        if not undecided:
+            return []
+        names = {node.name: name for name, (node, _) in weights.items()}
+        try:
+            captured = capture(gm)
+            captured = replace(captured, weights={node: names.get(node.name, node.name) for node in captured.weights})
+            plan = plan_captured(gm, captured, **options)
+        except PeFxError:
+            raise
+        except Exception:
+            log.exception("matching failed: this graph is compiled without new ties")
+            return []
+        for miss in plan.misses:
+            log.info("not tied: %s (%s): %s", miss.name, miss.kind, miss.reason)
+        free = {name for name, (_, parameter) in weights.items() if not self.ledger.is_target(parameter)}
+        sites = [replace(site, ties=tuple(t for t in site.ties if t.target in undecided and t.source in free)) for site in plan.sites]
+        return [site for site in sites if site.ties]
+
+    def _report(self, gm: fx.GraphModule, parameters: Mapping[str, nn.Parameter], sites: Sequence[Site], new: Sequence[Site]) -> None:
+        reason = graph_break(gm)
+        if reason:
+            log.warning("a graph break cuts the model, and no weight before it is tied to one behind it: %s", reason)
+        if new:
+            log.info("%d sites tied in the compiled graphs alone; pe_fx.commit(model) ties the model itself", len(new))
+        elif not sites and not self.ledger.warned and not any(issubclass(cls, Tied) for cls in classes_in(gm)):
+            self.ledger.warned = True
+            warnings.warn(
+                f"nothing in this graph of {len(parameters)} parameters can be tied; it is compiled as by Inductor. "
+                "print(pe_fx.plan(model).explain()) says why",
+                NoSitesWarning,
+                stacklevel=2,
+            )
+
+
+backend = Backend(ledger)

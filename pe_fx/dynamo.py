@@ -1,0 +1,88 @@
+"""What Dynamo and Inductor tell in private alone, all in one place. Tried with torch 2.11 and 2.15."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensor
+
+GraphPass = Callable[[fx.Graph], None]
+
+
+def weights_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, tuple[fx.Node, nn.Parameter]]:
+    """The graph's parameters by the names that the compiled module gives them.
+
+    Empty where Dynamo passes stand-ins instead of the parameters, as it does to the buckets that it cuts a DDP module into.
+    """
+    found: dict[str, tuple[fx.Node, nn.Parameter]] = {}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if isinstance(value, nn.Parameter) and not isinstance(value, FakeTensor):
+            name = _fqn(node)
+            found[node.name if name in found else name] = (node, value)
+    return found
+
+
+def _fqn(node: fx.Node) -> str:
+    """`blocks.0.weight` of a placeholder whose source is L['self']._modules['blocks']._modules['0']._parameters['weight']."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    keys = re.findall(r"\['([^']*)'\]", name() if callable(name) else name)
+    return ".".join(keys[1:]) or node.name
+
+
+def classes_in(gm: fx.GraphModule) -> set[type]:
+    """The classes of the modules that the graph was traced through."""
+    stacks = [node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes]
+    return {cls for stack in stacks for _, cls in stack.values() if isinstance(cls, type)}
+
+
+def graph_break(gm: fx.GraphModule) -> str | None:
+    """Why and where the graph ends before its function does."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    place = f" at {reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
+    return f"{reason.reason.splitlines()[0]}{place}"
+
+
+def fake_like(gm: fx.GraphModule, tensor: Tensor) -> Tensor:
+    """The fake tensor of `tensor` in the graph's own fake mode."""
+    values = (node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder"))
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    return mode.from_tensor(tensor)  # type: ignore[no-any-return]
+
+
+def lower(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, config: Mapping[str, Any], joint_pass: GraphPass, uuid: str
+) -> Callable[..., Any]:
+    """AOTAutograd and Inductor, with `joint_pass` run on the joint graph of forward and backward."""
+    patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    patches |= config
+    patches["joint_custom_pre_pass"] = _JointPass(joint_pass, uuid, patches.get("joint_custom_pre_pass"))
+    compiled: Callable[..., Any] = torch._inductor.compile(gm, list(example_inputs), options=patches)
+    return compiled
+
+
+class _JointPass(CustomGraphPass):
+    """Our pass after the user's own; Inductor's caches tell compiled code apart by `uuid`."""
+
+    def __init__(self, ours: GraphPass, uuid: str, users: Any) -> None:
+        self.ours = ours
+        self.version = uuid
+        self.users = users
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.users is not None:
+            self.users(graph)
+        self.ours(graph)
+
+    def uuid(self) -> Any:
+        if self.users is None:
+            return self.version
+        users = self.users.uuid() if isinstance(self.users, CustomGraphPass) else None
+        return None if users is None else (self.version, users)
