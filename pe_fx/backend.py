@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from pe_fx import casts
 from pe_fx.api import plan_captured, plan_of
 from pe_fx.capture import capture
 from pe_fx.dynamo import classes_in, fake_like, graph_break, lower, weights_of
 from pe_fx.errors import NoSitesWarning, PeFxError
 from pe_fx.ledger import Ledger, ledger
+from pe_fx.lowering import UUID, run_passes
 from pe_fx.rewrite import rewrite_graph
 from pe_fx.tied import Tied
 from pe_fx.ties import Site
@@ -55,7 +55,7 @@ class Backend:
         if unknown:
             raise PeFxError(f"option {unknown[0]!r} is unknown to the backend; choose from {', '.join(OPTIONS)}")
         gm = self._tied(gm, example_inputs, {name: options[name] for name in TRANSFORM_OPTIONS if name in options})
-        return lower(gm, example_inputs, options.get("mode", mode), options.get("inductor", {}), casts.share_casts, casts.UUID)
+        return lower(gm, example_inputs, options.get("mode", mode), options.get("inductor", {}), run_passes, UUID)
 
     def reset(self) -> None:
         """Called by torch.compiler.reset(): forgets every tie."""

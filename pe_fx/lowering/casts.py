@@ -1,50 +1,37 @@
-"""A pass on the joint graph: a weight and its views are cast to the dtype of autocast once."""
+"""A weight and its views are cast to the dtype of autocast once."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-import torch
 from torch import fx
 
-from pe_fx.errors import PeFxError
+from pe_fx.lowering.nodes import CAST, PARTS, SAME_SIZE, aten, base_of, new_node
 
-aten, prims = torch.ops.aten, torch.ops.prims
+log = logging.getLogger(__name__)
 
-UUID = "pe_fx casts 1"
-CAST = prims.convert_element_type.default
 CAT = aten.cat.default
-SAME_SIZE = {aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten.reshape.default}
-PARTS = {aten.slice.Tensor, aten.select.int}
 
 
 def share_casts(graph: fx.Graph) -> None:
     """Casts a weight before its views are taken: cast(Wᵀ) becomes cast(W)ᵀ, which the uses of W itself read, too.
 
     A cast of a part becomes a part of the whole's cast where the whole, or a concatenation that holds the part, is cast anyway.
-    Every number stays the same bit. Raises `PeFxError` that names the node where it fails.
+    Every number stays the same. A cast with which this fails is left as it was, and logged.
     """
     sharing = _Sharing(graph)
     casts = [node for node in graph.find_nodes(op="call_function", target=CAST) if _is_of_weight(node.args[0])]
-    parts = [node for node in casts if _base(node.args[0]).target in PARTS]
+    parts = [node for node in casts if base_of(node.args[0], SAME_SIZE).target in PARTS]
     for node in (*(node for node in casts if node not in parts), *parts):
         try:
             sharing.share(node)
-        except Exception as error:
-            raise PeFxError(f"the cast {node.format_node()} cannot be shared: {error}") from error
-    graph.eliminate_dead_code()
-
-
-def _base(node: Any, through: set[Any] = SAME_SIZE) -> fx.Node:
-    """What the node is a view of, by views of these kinds."""
-    while node.target in through:
-        node = node.args[0]
-    assert isinstance(node, fx.Node)
-    return node
+        except Exception:
+            log.exception("not shared, and left as it was: %s", node.format_node())
 
 
 def _is_of_weight(node: Any) -> bool:
-    base = _base(node, SAME_SIZE | PARTS)
+    base = base_of(node, SAME_SIZE | PARTS)
     return base.op == "placeholder" or (base.target is CAT and all(_is_of_weight(piece) for piece in base.args[0]))  # type: ignore[union-attr]
 
 
@@ -54,7 +41,7 @@ class _Sharing:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.casts: dict[tuple[fx.Node, Any], fx.Node] = {}
-        self.first_call = next(node for node in graph.nodes if node.op != "placeholder")
+        self.last_placeholder = graph.find_nodes(op="placeholder")[-1]
         self.order = {node: i for i, node in enumerate(graph.nodes)}
 
     def share(self, cast: fx.Node) -> None:
@@ -63,9 +50,9 @@ class _Sharing:
         with self.graph.inserting_before(cast):
             found = self._cast_of(source, dtype, cast)
             if found is None:
-                base = _base(source)
-                with self.graph.inserting_before(self.first_call if base.op == "placeholder" else base.next):
-                    self.casts[base, dtype] = self._new(CAST, (base, dtype), cast)
+                base = base_of(source, SAME_SIZE)
+                with self.graph.inserting_after(self.last_placeholder if base.op == "placeholder" else base):
+                    self.casts[base, dtype] = new_node(self.graph, cast, CAST, base, dtype)
                 found = self._cast_of(source, dtype, cast)
         assert found is not None
         cast.replace_all_uses_with(found)
@@ -77,17 +64,12 @@ class _Sharing:
             return self.casts[node, dtype]
         if node.target in SAME_SIZE | PARTS:
             base = self._cast_of(node.args[0], dtype, like)  # type: ignore[arg-type]
-            return None if base is None else self._new(node.target, (base, *node.args[1:]), like, node.kwargs)
+            return None if base is None else new_node(self.graph, like, node.target, base, *node.args[1:], **node.kwargs)
         for user in node.users:
             if user.target is CAT and (user, dtype) in self.casts and self.order[user] < self.order[like]:
                 pieces: Any = user.args[0]
                 dim: Any = user.args[1] if len(user.args) > 1 else 0
                 start = sum(piece.meta["val"].shape[dim] for piece in pieces[: pieces.index(node)])
-                return self._new(aten.slice.Tensor, (self.casts[user, dtype], dim, start, start + node.meta["val"].shape[dim]), like)
+                stop = start + node.meta["val"].shape[dim]
+                return new_node(self.graph, like, aten.slice.Tensor, self.casts[user, dtype], dim, start, stop)
         return None
-
-    def _new(self, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: dict[str, Any] | None = None) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs or {})
-        node.meta = dict(like.meta)
-        node.meta["val"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]), **(kwargs or {}))
-        return node
