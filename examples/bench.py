@@ -1,0 +1,230 @@
+"""Training steps, dense and tied, through Inductor and through the backend pe_fx:  python examples/bench.py
+
+For each model four variants take steps in turns in one process: dense with Inductor, tied with Inductor, tied with backend
+"pe_fx", and dense with backend "pe_fx", which ties it in the graph. Printed are medians as ratios to the first variant; bytes of
+parameters, gradients (what DDP sends per step) and optimizer state; on a GPU the peak memory of a step and its number of kernels.
+
+    python examples/bench.py --models deit_small resnet50_keep --rounds 5
+    python examples/bench.py --device cuda --batch 128 --csv bench.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import functools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import pe_fx
+from pe_fx.ties import table
+
+Sample = Callable[[int], Tensor]
+
+
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 224, 224)
+
+
+def tokens(batch: int) -> Tensor:
+    return torch.randint(50_257, (batch, 128))
+
+
+class Decoder(nn.Module):
+    """GPT-2 with its published sizes, from its configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        configuration = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+        self.model = transformers.GPT2LMHeadModel(configuration)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(ids).logits
+        return logits
+
+
+@dataclass
+class Subject:
+    """A model to measure, its inputs, the options of `pe_fx.transform`, and the batch on the CPU."""
+
+    build: Callable[[], nn.Module]
+    sample: Sample = images
+    batch: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def resnet50(entry: str) -> Subject:
+    return Subject(functools.partial(timm.create_model, "resnet50"), batch=4, options={"entry": entry})
+
+
+SUBJECTS = {
+    "deit_small": Subject(functools.partial(timm.create_model, "deit_small_patch16_224"), batch=4),
+    "vit_base": Subject(functools.partial(timm.create_model, "vit_base_patch16_224")),
+    "resnet50_keep": resnet50("keep"),
+    "resnet50_slice": resnet50("slice"),
+    "resnet50_expand": resnet50("expand"),
+    "convnext_tiny": Subject(functools.partial(timm.create_model, "convnext_tiny"), batch=4),
+    "gpt2": Subject(Decoder, tokens),
+}
+
+
+class Clock:
+    """Marks points in time: CUDA events on a GPU, else the wall clock."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda = cuda
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def spans(self) -> list[float]:
+        """Seconds between the marks."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) / 1000 for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+PARTS = ("forward", "backward", "optimizer")
+
+
+@dataclass
+class Variant:
+    """One way to train a model."""
+
+    name: str
+    model: nn.Module
+    backend: str
+    inputs: Tensor
+    autocast: bool
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.compiled = torch.compile(self.model, backend=self.backend, options=self.options or None)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.spans: list[list[float]] = []
+        self.device = self.inputs.device.type
+
+    def step(self) -> None:
+        clock = Clock(self.device == "cuda")
+        clock.mark()
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
+            loss = self.compiled(self.inputs).float().square().mean()
+        clock.mark()
+        loss.backward()
+        clock.mark()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        clock.mark()
+        self.spans.append(clock.spans())
+
+    def compile(self) -> float:
+        """Seconds of the first step, which compiles, beyond those of the second."""
+        start = time.perf_counter()
+        self.step()
+        middle = time.perf_counter()
+        self.step()
+        self.spans.clear()
+        return 2 * middle - start - time.perf_counter()
+
+    def median(self, *parts: str) -> float:
+        return statistics.median(sum(spans[PARTS.index(part)] for part in parts or PARTS) for spans in self.spans)
+
+    def bytes(self) -> dict[str, int]:
+        """Of parameters, of the gradients that one step leaves, and of the optimizer's state."""
+        self.compiled(self.inputs).float().square().mean().backward()
+        gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        self.optimizer.zero_grad(set_to_none=True)
+        state = sum(value.nbytes for held in self.optimizer.state.values() for value in held.values() if isinstance(value, Tensor))
+        return {"parameters": sum(p.nbytes for p in self.model.parameters()), "gradients": gradients, "optimizer": state}
+
+    def on_gpu(self) -> dict[str, float]:
+        """Peak memory that a step adds to what is there before it, and the kernels that it launches."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.step()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.step()
+            torch.cuda.synchronize()
+        kernels = sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+        return {"step_peak": peak, "kernels": kernels}
+
+
+def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: int) -> list[dict[str, Any]]:
+    subject = SUBJECTS[name]
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    dense = subject.build().to(device)
+    inputs = subject.sample(batch or subject.batch).to(device)
+    tied = pe_fx.transform(dense, inputs, **subject.options)
+    variants = [
+        Variant("dense, inductor", copy.deepcopy(dense), "inductor", inputs, autocast),
+        Variant("tied, inductor", copy.deepcopy(tied), "inductor", inputs, autocast),
+        Variant("tied, pe_fx", tied, "pe_fx", inputs, autocast),
+    ]
+    if subject.options.get("entry", "keep") == "keep":  # the others change modules, which a graph does not have
+        variants.append(Variant("dense, pe_fx", dense, "pe_fx", inputs, autocast))
+    seconds = [variant.compile() for variant in tqdm(variants, desc=f"{name}: compile", leave=False)]
+    for _ in tqdm(range(rounds), desc=f"{name}: steps", leave=False):
+        for variant in variants:
+            variant.step()
+    first = variants[0]
+    rows = []
+    for variant, compiled in zip(variants, seconds, strict=True):
+        row: dict[str, Any] = {"model": name, "variant": variant.name, "batch": inputs.shape[0], "dtype": "bf16" if autocast else "fp32"}
+        row["step"] = f"{statistics.median(a / b for a, b in zip(map(sum, variant.spans), map(sum, first.spans), strict=True)):.2f}"
+        row |= {part: f"{variant.median(part) / first.median(part):.2f}" for part in PARTS}
+        row["compile"] = f"{compiled / seconds[0]:.2f}"
+        row |= {key: f"{value / 1e6:.1f} MB" for key, value in variant.bytes().items()}
+        if device == "cuda":
+            extra = variant.on_gpu()
+            row |= {"step peak": f"{extra['step_peak'] / 1e6:.0f} MB", "kernels": f"{extra['kernels']:.0f}"}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, help="default: a small one that suits two CPU cores")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 is autocast; default: bf16 on a GPU")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--csv", type=Path, help="write the rows here, too")
+    options = parser.parse_args()
+    torch._inductor.config.force_disable_caches = True  # compile times are to be compared
+    autocast = options.dtype == "bf16" or (options.dtype is None and options.device == "cuda")
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    rows = [row for name in options.models for row in measure(name, options.device, options.batch, autocast, options.rounds)]
+    print(f"torch {torch.__version__}, {machine}; times are ratios to the first variant, in medians of {options.rounds} rounds in turns\n")
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    if options.csv:
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

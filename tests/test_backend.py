@@ -1,0 +1,409 @@
+"""torch.compile(model, backend="pe_fx"): what is tied in the graphs, when, and that it trains as a tied model does."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import MODELS, gpt2
+from oracle import assert_equals_twin, linear
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import pe_fx
+import pe_fx.backend
+from pe_fx import NoSitesWarning, PeFxError
+from pe_fx.ledger import ledger, pending
+from pe_fx.ties import Plan
+
+X = torch.randn(4, 8)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def unlowered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Graphs run as they are after tying, without Inductor; returns their code."""
+    seen: list[str] = []
+
+    def record(gm: torch.fx.GraphModule, *_: Any) -> Callable[..., Any]:
+        seen.append(gm.code)
+        return gm.forward
+
+    monkeypatch.setattr(pe_fx.backend, "lower", record)
+    return seen
+
+
+def mlp(width: int = 16) -> nn.Sequential:
+    return nn.Sequential(linear(8, width), nn.GELU(), linear(width, 8))
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="pe_fx", options=options or None)
+
+
+def train(model: Callable[..., Any], parameters: list[nn.Parameter], x: Any, steps: int) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        y = model(**x) if isinstance(x, dict) else model(x)
+        (y if isinstance(y, Tensor) else y.logits).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+def assert_agree(model: nn.Module, other: nn.Module, tolerance: float = 1e-4) -> None:
+    """All parameters of `other` are, up to rounding, those of `model`."""
+    for name, parameter in other.named_parameters():
+        expected = model.get_parameter(name)[: len(parameter)]
+        assert float((parameter - expected).norm() / expected.norm()) < tolerance, name
+
+
+# ---- lowered by Inductor
+
+
+@pytest.mark.parametrize("name", ["deit", "resnet", "convnext", "gpt2"])
+def test_trains_as_the_tied_model(name: str) -> None:
+    """20 AdamW steps: the backend on the dense model, Inductor on the tied one, and the tied one without a compiler."""
+    build: Callable[[], nn.Module] = gpt2 if name == "gpt2" else MODELS[name].build
+    dense, x = build().train(), MODELS[name].inputs
+    tied = pe_fx.transform(dense, x)
+    eager, inductor = copy.deepcopy(tied), copy.deepcopy(tied)
+    if name == "gpt2":  # dropout draws other numbers in compiled graphs
+        for model in (dense, eager, inductor):
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+    optimizer = train(compiled(dense), list(dense.parameters()), x, 20)
+    train(torch.compile(inductor), list(inductor.parameters()), x, 20)
+    train(eager, list(eager.parameters()), x, 20)
+    assert_agree(eager, inductor)
+    assert_agree(dense, eager)
+    whole = {tie.target for tie in pending(dense).ties if tie.into.is_whole}
+    assert whole
+    for target, parameter in dense.named_parameters():
+        assert (parameter not in optimizer.state) == (target in whole), target
+    expected = pe_fx.plan(tied.__class__ and build(), x)
+    committed = pe_fx.commit(dense)
+    assert sorted(map(str, committed.ties)) == sorted(map(str, expected.ties))
+    dense.eval()
+    eager.eval()
+    run = (lambda m: m(**x).logits) if isinstance(x, dict) else (lambda m: m(x))
+    torch.testing.assert_close(run(dense), run(eager), rtol=1e-3, atol=1e-4)
+
+
+def test_found_by_name() -> None:
+    assert "pe_fx" in torch.compiler.list_backends()
+    model = mlp()
+    y = compiled(model)(X)
+    twin = nn.Sequential(model[0], nn.GELU(), copy.deepcopy(model[2]))
+    with torch.no_grad():
+        twin[2].weight.copy_(model[0].weight.t())
+    torch.testing.assert_close(y, twin(X))
+
+
+@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"dynamic": True}, {"fullgraph": True}, {}])
+def test_modes_and_arguments_of_compile(options: dict[str, Any]) -> None:
+    model = mlp()
+    run = torch.compile(model, backend="pe_fx", **options)
+    ys = [run(x) for x in (X, X[:3], X[:2])]
+    pe_fx.commit(model)
+    torch.testing.assert_close(torch.cat(ys), model(torch.cat((X, X[:3], X[:2]))))
+
+
+def test_autocast_and_accumulated_gradients() -> None:
+    """Half precision in the products alone: gradients as near to float64 as the eager tied model's, and twice those of one batch."""
+    model = mlp(32)
+    exact = pe_fx.transform(model, X).double()
+    eager = pe_fx.transform(model, X)
+    exact(X.double()).square().sum().backward()
+    run = compiled(model)
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = run(X).float().square().sum()
+        loss.backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = eager(X).float().square().sum()
+    loss.backward()
+    wanted = exact.get_parameter("0.weight").grad
+    error, reference = ((grad.double() - wanted).norm() for grad in (model[0].weight.grad / 2, eager.get_parameter("0.weight").grad))
+    assert error < 1.1 * reference + 1e-6 * wanted.norm()
+    assert model[2].weight.grad is None
+
+
+def test_activation_checkpointing() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = checkpoint(self.body, x, use_reentrant=False)
+            return x + y
+
+    model = Checkpointed()
+    tied = pe_fx.transform(model, X)
+    compiled(model)(X).square().sum().backward()
+    tied(X).square().sum().backward()
+    assert model.body[2].weight.grad is None
+    torch.testing.assert_close(model.body[0].weight.grad, tied.get_parameter("body.0.weight").grad)
+
+
+def test_channels_last() -> None:
+    model = MODELS["resnet"].build().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    tied = pe_fx.transform(model, x)
+    compiled(model)(x).square().sum().backward()
+    tied(x).square().sum().backward()
+    for name, parameter in tied.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_tied_model_is_lowered_alone() -> None:
+    tied = pe_fx.transform(mlp(), X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoSitesWarning)
+        y = compiled(tied)(X)
+    torch.testing.assert_close(y, tied(X))
+    assert not pe_fx.commit(tied).sites
+
+
+# ---- which ties
+
+
+def test_ties_are_those_of_transform_and_wait_for_commit(unlowered: list[str]) -> None:
+    model = MODELS["vit"].build()
+    x = MODELS["vit"].inputs
+    plan = pe_fx.plan(model, x)
+    y = compiled(model)(x)
+    held = pending(model)
+    assert sorted(map(str, held.ties)) == sorted(map(str, plan.ties))
+    assert held.params_after == plan.params_after
+    assert float((model(x) - y).abs().max()) > 1e-3, "the model itself is as it was"
+    dense = copy.deepcopy(model)
+    committed = pe_fx.commit(model)
+    torch.testing.assert_close(model(x), y)
+    assert_equals_twin(dense, model, committed, x)
+    assert Plan.from_json(committed.to_json()) == committed
+
+
+def test_options_choose_rules_and_modules(unlowered: list[str]) -> None:
+    model = MODELS["vit"].build()
+    compiled(model, rules=["mlp"], exclude=["blocks.0.*"])(MODELS["vit"].inputs)
+    assert [str(tie) for tie in pending(model).ties] == ["blocks.1.mlp.fc2.weight ← blocks.1.mlp.fc1.weightᵀ"]
+
+
+def test_stages_share(unlowered: list[str]) -> None:
+    build, x = MODELS["resnet"].build, MODELS["resnet"].inputs
+    alone, shared = build(), build()
+    compiled(alone, share=())(x)
+    compiled(shared)(x)
+    assert pending(shared).params_after < pending(alone).params_after
+    assert pending(shared).params_after == pe_fx.plan(build(), x).params_after
+
+
+def test_every_graph_holds_the_first_ties(unlowered: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recompiled for another mode and other shapes, without matching again."""
+    model = mlp()
+    model.insert(1, nn.Dropout())
+    run = compiled(model)
+    run(X)
+    before = pending(model)
+    monkeypatch.setattr(pe_fx.backend, "plan_captured", None)
+    model.eval()
+    for x in (X, X[:3], X[:2]):
+        y = run(x)
+        assert "transpose" in unlowered[-1]
+    assert pending(model) == before
+    pe_fx.commit(model)
+    torch.testing.assert_close(model(X[:2]), y)
+
+
+def test_a_weight_is_decided_by_the_first_graph_that_reads_it(unlowered: list[str]) -> None:
+    """Seen alone first, fc2 stays dense even where a later graph holds the pair."""
+    model = mlp()
+    compiled(model[2])(torch.randn(2, 16))
+    with pytest.warns(NoSitesWarning):
+        compiled(mlp()[0])(X)
+    compiled(model)(X)
+    assert not pending(model).sites
+
+
+def test_a_tied_weight_stays_tied_where_its_source_is_absent(unlowered: list[str]) -> None:
+    model = mlp()
+    compiled(model)(X)
+    alone = compiled(model[2])(torch.ones(2, 16))
+    pe_fx.commit(model)
+    torch.testing.assert_close(alone, model[2](torch.ones(2, 16)))
+
+
+def test_absent_source_through_inductor() -> None:
+    model = mlp()
+    compiled(model)(X)
+    hidden = torch.ones(2, 16)
+    compiled(model[2])(hidden).sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, torch.ones(16, 8) * 2)
+    assert model[2].weight.grad is None
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.whole = linear(8, 16), linear(16, 8), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x).relu()
+        torch._dynamo.graph_break()
+        y: Tensor = self.whole(self.fc2(hidden))
+        return y
+
+
+def test_a_pair_split_by_a_graph_break_is_logged(unlowered: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    model = Broken()
+    with caplog.at_level(logging.WARNING, "pe_fx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoSitesWarning)
+        y = compiled(model)(X)
+    assert "graph break" in caplog.text
+    assert "test_backend.py" in caplog.text
+    assert [str(tie) for tie in pending(model).ties] == ["whole.2.weight ← whole.0.weightᵀ"]
+    pe_fx.commit(model)
+    torch.testing.assert_close(model(X), y)
+
+
+def test_frozen_and_shared_weights_are_left_alone(unlowered: list[str]) -> None:
+    frozen = mlp()
+    frozen[2].weight.requires_grad_(False)
+    twice = nn.Sequential(*mlp(), nn.GELU(), linear(8, 16))
+    twice[4].weight = twice[0].weight
+    with pytest.warns(NoSitesWarning):
+        compiled(frozen)(X)
+    assert not pending(frozen).sites
+    reset = torch.compile(twice, backend="pe_fx")
+    y = reset(X)
+    plan = pe_fx.plan(twice, X)
+    assert sorted(map(str, pending(twice).ties)) == sorted(map(str, plan.ties))
+    if pending(twice).sites:
+        pe_fx.commit(twice)
+    torch.testing.assert_close(twice(X), y)
+
+
+# ---- commit
+
+
+def test_commit_takes_what_compile_returned_and_what_holds_the_model(unlowered: list[str]) -> None:
+    for wrap in (lambda model, run: run, lambda model, run: model, lambda model, run: nn.ModuleDict({"inside": model})):
+        model = mlp()
+        run = compiled(model)
+        y = run(X)
+        plan = pe_fx.commit(wrap(model, run))
+        assert len(plan.ties) == 1
+        torch.testing.assert_close(model(X), y)
+        torch.testing.assert_close(run(X), y)
+
+
+def test_commit_before_a_run(unlowered: list[str]) -> None:
+    with pytest.raises(PeFxError, match="run torch.compile"):
+        pe_fx.commit(mlp())
+
+
+def test_commit_of_a_part(unlowered: list[str]) -> None:
+    model = mlp()
+    compiled(model)(X)
+    with pytest.raises(PeFxError, match="compiled as a whole"):
+        pe_fx.commit(model[2])
+
+
+def test_reset_forgets(unlowered: list[str]) -> None:
+    model = mlp()
+    compiled(model)(X)
+    torch.compiler.reset()
+    assert not pending(model).sites
+
+
+def test_the_ledger_keeps_no_model_alive(unlowered: list[str]) -> None:
+    model = mlp()
+    compiled(model)(X)
+    assert all(ledger.is_decided(parameter) for parameter in model.parameters())
+    assert not any(ledger.is_decided(parameter) for parameter in mlp().parameters())
+
+
+# ---- bad input
+
+
+def test_unknown_option() -> None:
+    with pytest.raises(Exception, match="option 'rule' is unknown .* rules, share, include, exclude, mode, inductor"):
+        compiled(mlp(), rule=["mlp"])(X)
+
+
+def test_wrong_rule() -> None:
+    with pytest.raises(Exception, match="rules='mlps' is unknown"):
+        compiled(mlp(), rules=["mlps"])(X)
+
+
+def test_nothing_to_tie_warns_once(unlowered: list[str]) -> None:
+    model = nn.Sequential(linear(8, 16), nn.GELU(), linear(16, 4))
+    with pytest.warns(NoSitesWarning) as caught:
+        y = compiled(model)(X)
+        compiled(nn.Sequential(linear(8, 16), nn.GELU(), linear(16, 4)))(X)
+    assert len(caught) == 1
+    torch.testing.assert_close(y, model(X))
+
+
+def test_a_rule_that_fails_leaves_the_graph_as_it_was(unlowered: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    class Failing:
+        kind = "failing"
+
+        def match(self, flow: Any) -> Iterator[Any]:
+            raise RuntimeError("no such thing")
+
+    model = mlp()
+    with caplog.at_level(logging.ERROR, "pe_fx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoSitesWarning)
+        y = compiled(model, rules=[Failing()])(X)
+    assert "no such thing" in caplog.text
+    torch.testing.assert_close(y, model(X))
+
+
+# ---- distributed
+
+
+@pytest.fixture
+def process_group(tmp_path: Any) -> Iterator[None]:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_of_a_tied_model(process_group: None) -> None:
+    tied = pe_fx.transform(mlp(), X)
+    expected = copy.deepcopy(tied)
+    run = compiled(nn.parallel.DistributedDataParallel(tied))
+    run(X).square().sum().backward()
+    expected(X).square().sum().backward()
+    for ours, theirs in zip(tied.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_ddp_of_a_dense_model_is_compiled_inside(process_group: None) -> None:
+    """Compiled first, the model is one graph, and the weight tied away has to be allowed to get no gradient."""
+    model = mlp()
+    tied = pe_fx.transform(model, X)
+    run = nn.parallel.DistributedDataParallel(compiled(model), find_unused_parameters=True)
+    for _ in range(2):
+        run(X).square().sum().backward()
+    tied(X).square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, 2 * tied.get_parameter("0.weight").grad)
+    assert not model[2].weight.grad.any() if model[2].weight.grad is not None else True
