@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pe_fx.errors import CaptureError
-from pe_fx.ops import base_name
+from pe_fx.ops import COPIES, GATHERS, base_name
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,23 @@ def _labelled(program: torch.export.ExportedProgram, inputs: ExampleInputs) -> C
     graph = inline_regions(program.graph_module)
     placeholders = graph.find_nodes(op="placeholder")
     weights = {node: names[node.name] for node in placeholders if node.name in names}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    for node in placeholders:
+        if node.name in lifted:
+            _show(node, program.constants[lifted[node.name]])
     return Captured(graph, weights, {node for node in placeholders if node.name in signature.user_inputs}, inputs)
+
+
+def _show(constant: fx.Node, value: Any) -> None:
+    """Positions that stand in the model's code are recorded as they are, not as fakes, unless something may write to them."""
+    copies: list[fx.Node] = [constant]
+    readers: list[fx.Node] = []
+    for node in copies:
+        for user in node.users:
+            (copies if base_name(user) in COPIES else readers).append(user)
+    if isinstance(value, Tensor) and not value.is_meta and all(base_name(user) in GATHERS for user in readers):
+        for node in copies:
+            node.meta["val"] = value.to("cpu", value_of(node).dtype)
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

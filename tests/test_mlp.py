@@ -99,6 +99,21 @@ def test_1x1_convolutions(dims: int) -> None:
     hit(nn.Sequential(conv(8, 16, 1), nn.GELU(), conv(16, 8, 1)), x, "2.weight ← 0.weightᵀ")
 
 
+@pytest.mark.parametrize(
+    "rearranged",
+    [
+        lambda w: torch.cat((w[3:], w[:3])),
+        lambda w: w[[1, 0, *range(2, 12)]],
+        lambda w: F.layer_norm(w.flip(0), w.shape[1:]),
+        lambda w: 2 * w.view(2, 6, 8).transpose(0, 1).reshape(12, 8),
+    ],
+    ids=["cat", "index", "standardised", "scaled"],
+)
+def test_rows_of_a_bare_parameter_rearranged(rearranged: Callable[[Tensor], Tensor]) -> None:
+    net = Net(lambda m, x: F.linear(F.relu(F.linear(x, rearranged(m.a))), m.b), a=weight(12, 8), b=weight(8, 12))
+    miss(net, torch.randn(3, 8), "a is applied through", weights=("a",))
+
+
 def test_functional_linear_with_bare_parameters() -> None:
     net = Net(lambda m, x: F.linear(F.gelu(F.linear(x, m.a)), m.b), a=weight(16, 8), b=weight(8, 16))
     hit(net, X, "b ← aᵀ")
