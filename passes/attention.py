@@ -165,7 +165,7 @@ def _makers(flow: Flow, core: Core) -> tuple[str, ...]:
         return Roles(None, k, v, None).names if fits else ()
     values = [value for value in (core.q, core.k, core.v) if value is not None]
     makers = [op for value in values for op in ([value] if _applies(value) else flow.backward(value, _SCORES, _applies))]
-    return tuple(dict.fromkeys(name for op in makers for name in op.parameters))
+    return tuple(dict.fromkeys(name for op in makers for name in ([op.weight.name] if op.weight is not None else op.parameters)))
 
 
 def _applies(op: Op) -> bool:

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from pe_fx.capture import value_of
-from pe_fx.operation import Op, factors, is_floating, product_labels, shape_of
+from pe_fx.operation import Op, factors, is_floating, number, product_labels, shape_of
 from pe_fx.ops import Kind
 from pe_fx.ties import Shape
 
@@ -210,7 +210,9 @@ def moved(op: Op, states: dict[Op, Channels]) -> Any:
         if source is not None and source in states:
             return states[source].tags
         value = value_of(node)
-        return torch.zeros(1, dtype=torch.float64).expand(value.shape) if is_floating(value) else value
+        if isinstance(value, torch.SymInt):
+            return number(value)
+        return torch.zeros(1, dtype=torch.float64).expand(shape_of(value)) if is_floating(value) else value
 
     args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), tags_of)
     for copied in (False, True):  # a view that expanded tags refuse may need a copy

@@ -123,6 +123,16 @@ def test_mask_as_input() -> None:
     hit(net, {"x": X, "mask": torch.ones(5, 5, dtype=torch.bool).tril()}, *SEPARATE)
 
 
+def test_as_many_images_as_a_mask_selects() -> None:
+    def forward(m: Net, x: Tensor, kept: Tensor) -> Tensor:
+        x = x[kept]
+        q, k, v = (part(x).view(x.shape[0], 5, HEADS, HEAD).transpose(1, 2) for part in (m.q, m.k, m.v))
+        return m.out(sdpa(q, k, v).transpose(1, 2).reshape(x.shape[0], 5, D))
+
+    net = Net(forward, q=linear(D, D), k=linear(D, D), v=linear(D, D), out=linear(D, D))
+    hit(net, (X, torch.tensor([True, False])), *SEPARATE)
+
+
 def test_one_head_without_reshape() -> None:
     net = Net(
         lambda m, x: m.out(by_hand(m.q(x), m.k(x), m.v(x))),

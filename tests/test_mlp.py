@@ -57,6 +57,14 @@ def test_relu_squared() -> None:
     hit(pair(lambda m, x: m.fc2(F.relu(m.fc1(x)) ** 2)), X, "fc2.weight ← fc1.weightᵀ")
 
 
+def test_norm_written_out() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        hidden = F.relu(m.fc1(x))
+        return m.fc2(hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+    hit(pair(forward), X, "fc2.weight ← fc1.weightᵀ")
+
+
 def test_gelu_written_out() -> None:
     def gelu(x: Tensor) -> Tensor:
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -621,6 +629,14 @@ def test_weight_or_bias_made_from_the_input(part: str) -> None:
 def test_as_many_tokens_as_a_mask_selects() -> None:
     net = pair(lambda m, x: m.fc2(F.layer_norm(m.fc1(x[x[..., 0] > 0]).relu(), (16,))))
     assert ties(pe_fx.plan(net, X)) == ["fc2.weight ← fc1.weightᵀ"]
+
+
+def test_reshape_by_as_many_tokens_as_a_mask_selects() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.fc1(x[x[:, 0] > 0]).relu()
+        return m.fc2(h.view(16, h.shape[0]).t())
+
+    miss(pair(forward), X[0], "another axis")
 
 
 def test_part_of_the_hidden_value_overwritten_from_elsewhere() -> None:
