@@ -17,6 +17,7 @@ from pe_fx.passes.pairs import common_module, misuse, tie
 from pe_fx.ties import Block, Miss, Site, Tie
 
 _APPLYING = {Kind.PROJECTION, Kind.CONV, Kind.MATMUL, Kind.OTHER}
+_ONE_VALUE = {Kind.VIEW, Kind.NONLINEAR, Kind.NORM}
 _SCORES = {Kind.VIEW, Kind.POINTWISE, Kind.PRODUCT, Kind.NONLINEAR, Kind.NORM}
 
 
@@ -164,12 +165,16 @@ def _makers(flow: Flow, core: Core) -> tuple[str, ...]:
         fits = k is not None and v is not None and k.matrix == v.matrix[::-1] and not k.block.overlaps(v.block)
         return Roles(None, k, v, None).names if fits else ()
     values = [value for value in (core.q, core.k, core.v) if value is not None]
-    makers = [op for value in values for op in ([value] if _applies(value) else flow.backward(value, _SCORES, _applies))]
+    makers = [op for value in values for op in ([value] if _applies(value) else flow.backward(value, _ONE_VALUE, _applies, _adds_constant))]
     return tuple(dict.fromkeys(name for op in makers for name in ([op.weight.name] if op.weight is not None else op.parameters)))
 
 
 def _applies(op: Op) -> bool:
     return bool(op.parameters) and op.kind in _APPLYING
+
+
+def _adds_constant(op: Op) -> bool:
+    return op.kind is Kind.POINTWISE and len(op.inputs) == 1
 
 
 def _unknown(core: Core, names: tuple[str, ...]) -> str:

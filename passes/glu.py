@@ -94,7 +94,7 @@ def _unit(flow: Flow, last: Op) -> _Unit | None:
     if len(feeders) != 2:
         return None
     early, late = sorted(feeders, key=lambda op: op.index)
-    across = late if late is not early and flow.dominates(early, late) else None
+    across = late if late is not early and source_along(late, _BEFORE_DOWN) is early else None
     first, second = (
         _branch(flow, factor, product, early if source is across else source, across is not None)
         for factor, source in zip(product.inputs, feeders, strict=True)

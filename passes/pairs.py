@@ -147,7 +147,7 @@ def _reader_obstacle(flow: Flow, group: list[Pair]) -> str | None:
             return reason
         for reader in flow.readers[weight.name]:
             if reader not in uses[weight.name]:
-                partner = following(flow, reader) if weight is first else flow.feeder(reader.inputs[0])
+                partner = following(flow, reader) if weight is first else next(map(flow.feeder, reader.inputs), None)
                 there = f", there with {partner.weight.name}" if partner is not None and partner.weight is not None else ""
                 return f"{weight.name} is used a second time{there}, not with {other.name}"
     return None

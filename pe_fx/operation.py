@@ -99,7 +99,7 @@ class Op:
 
     @property
     def is_depthwise(self) -> bool:
-        return self.groups > 1 and self.groups == self.shape[self.out_axis] == self.inputs[0].shape[self.in_axis]
+        return bool(self.inputs) and self.groups > 1 and self.groups == self.shape[self.out_axis] == self.inputs[0].shape[self.in_axis]
 
     @property
     def stride(self) -> tuple[int, ...]:

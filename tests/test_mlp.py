@@ -616,6 +616,23 @@ def test_untouched_where_nothing_is_found() -> None:
     assert list(same.state_dict()) == list(net.state_dict())
 
 
+def test_second_use_on_a_constant() -> None:
+    net = Net(lambda m, x: m.fc2(m.fc1(x).relu()) + m.fc2(m.start), fc1=linear(8, 16), fc2=linear(16, 8), start=torch.randn(16))
+    miss(net, X, "fc2.weight is used a second time, not with fc1.weight")
+
+
+def test_row_of_a_table_that_the_input_chooses() -> None:
+    """Behind the choice begins a value of its own, also for a depthwise convolution."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        chosen = m.table[m.choice(x).argmax(-1)]
+        return m.fc2(m.fc1(m.depthwise(chosen.mT).mT).relu())
+
+    depthwise = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+    net = Net(forward, table=torch.randn(4, 8), choice=linear(8, 4), depthwise=depthwise, fc1=linear(8, 16), fc2=linear(16, 8))
+    hit(net, X, "fc2.weight ← fc1.weightᵀ")
+
+
 @pytest.mark.parametrize("part", ["weight", "bias"])
 def test_weight_or_bias_made_from_the_input(part: str) -> None:
     def forward(m: Net, x: Tensor) -> Tensor:
