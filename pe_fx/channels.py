@@ -201,7 +201,7 @@ def _constant_along(shape: Shape, tags: Tensor) -> bool:
 
 def moved(op: Op, states: dict[Op, Channels]) -> Any:
     """Runs a view on the tags; None where it fails, or where it goes by positions that only the model's run will tell."""
-    if any(isinstance(value, FakeTensor) and not is_floating(value) for value in map(value_of, op.node.all_input_nodes)):
+    if any(isinstance(value, FakeTensor) and not is_floating(value) for value in map(value_of, op.node.all_input_nodes[1:])):
         return None
     order = iter(op.operands)
 
