@@ -126,6 +126,9 @@ def verify(entry: Entry, planned: Built, plan: Plan, row: Row, stage: list[str],
     stage[0] = "rewrite"
     if built.how == "shallow":
         plan = pe_fx.plan(built.model, built.inputs)
+        if not plan.sites:
+            row["verified"] = "too large"
+            return
     start = time.perf_counter()
     tied = pe_fx.apply(built.model, plan, inplace=True)
     row["rewrite_s"] = f"{time.perf_counter() - start:.3f}"

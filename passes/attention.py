@@ -16,6 +16,8 @@ from pe_fx.ops import Kind
 from pe_fx.passes.pairs import common_module, misuse, tie
 from pe_fx.ties import Block, Miss, Site, Tie
 
+_APPLYING = {Kind.PROJECTION, Kind.CONV, Kind.MATMUL, Kind.OTHER}
+_ONE_VALUE = {Kind.VIEW, Kind.NONLINEAR, Kind.NORM}
 _SCORES = {Kind.VIEW, Kind.POINTWISE, Kind.PRODUCT, Kind.NONLINEAR, Kind.NORM}
 
 
@@ -30,21 +32,29 @@ class Attention:
     kind: str = "attention"
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
-        found = [(core, roles) for core in _cores(flow) if (roles := _roles(flow, core)) is not None]
+        found = [(core, _roles(flow, core)) for core in _cores(flow)]
         partners: dict[Op, set[tuple[str, ...]]] = {}
         for _, roles in found:
             for part in roles.parts:
                 partners.setdefault(part.op, set()).add(roles.names)
         seen: set[tuple[str, ...]] = set()
         for core, roles in found:
-            if roles.names not in seen and not any(name in flow.claimed for name in roles.names):
-                seen.add(roles.names)
+            names = roles.names if roles.is_known else _makers(flow, core)
+            if names in seen or any(name in flow.claimed for name in names):
+                continue
+            seen.add(names)
+            if roles.is_known:
                 yield from _tie(flow, self.kind, core, roles, partners)
+            elif names:
+                yield Miss(self.kind, common_module(names), names, _unknown(core, names))
 
 
 @dataclass(frozen=True)
 class Core:
-    """Where attention happens: its operands, and the product that averages the values."""
+    """Where attention happens: its operands, and the product that averages the values.
+
+    Without q, `k` is under the softmax by itself, and not in a product with queries.
+    """
 
     q: Op | None
     k: Op | None
@@ -77,6 +87,10 @@ class Roles:
     proj: Part | None
 
     @property
+    def is_known(self) -> bool:
+        return self.q is not None or self.k is not None
+
+    @property
     def parts(self) -> list[Part]:
         return [part for part in (self.q, self.k, self.v, self.proj) if part is not None]
 
@@ -91,9 +105,9 @@ def _cores(flow: Flow) -> Iterator[Core]:
             yield Core(op.operands[0], op.operands[1], op.operands[2], op)
         elif op.kind is Kind.SOFTMAX:
             averaged = _value_product(flow, op)
-            scores = _score_product(flow, op, *averaged) if averaged is not None else None
-            if averaged is not None and scores is not None:
-                yield Core(*scores, v=averaged[1], mix=averaged[2])
+            if averaged is not None:
+                q, k = _score_product(flow, op, *averaged) or (None, op)
+                yield Core(q, k, v=averaged[1], mix=averaged[2])
 
 
 def _value_product(flow: Flow, softmax: Op) -> tuple[Op, Op, Op] | None:
@@ -139,9 +153,34 @@ def _axis_at(flow: Flow, product: Op, axis: int, value: Op) -> int | None:
     return axes[0] if len(axes) == 1 else (axis if size == 1 else None)
 
 
-def _roles(flow: Flow, core: Core) -> Roles | None:
+def _roles(flow: Flow, core: Core) -> Roles:
     q, k, v = (_part(flow, value) for value in (core.q, core.k, core.v))
-    return None if q is None and k is None else Roles(q, k, v, _output(flow, core, v))
+    return Roles(None, None, None, None) if core.q is None or (q is None and k is None) else Roles(q, k, v, _output(flow, core, v))
+
+
+def _makers(flow: Flow, core: Core) -> tuple[str, ...]:
+    """The weights behind an attention whose queries and keys are no matrix times a value; none where it is no near miss."""
+    if core.q is None:
+        k, v = _part(flow, core.k), _part(flow, core.v)
+        fits = k is not None and v is not None and k.matrix == v.matrix[::-1] and not k.block.overlaps(v.block)
+        return Roles(None, k, v, None).names if fits else ()
+    values = [value for value in (core.q, core.k, core.v) if value is not None]
+    makers = [op for value in values for op in ([value] if _applies(value) else flow.backward(value, _ONE_VALUE, _applies, _adds_constant))]
+    return tuple(dict.fromkeys(name for op in makers for name in ([op.weight.name] if op.weight is not None else op.parameters)))
+
+
+def _applies(op: Op) -> bool:
+    return bool(op.parameters) and op.kind in _APPLYING
+
+
+def _adds_constant(op: Op) -> bool:
+    return op.kind is Kind.POINTWISE and len(op.inputs) == 1
+
+
+def _unknown(core: Core, names: tuple[str, ...]) -> str:
+    if core.q is None:
+        return f"{core.mix.node.name} averages by a softmax that is not of queries times keys: {', '.join(names)}"
+    return f"neither the queries nor the keys of {core.mix.node.name} are made by one matrix alone: {', '.join(names)}"
 
 
 def _part(flow: Flow, value: Op | None) -> Part | None:
@@ -170,6 +209,15 @@ def _output(flow: Flow, core: Core, v: Part | None) -> Part | None:
     return None
 
 
+def _averages_channels(flow: Flow, core: Core, v: Part) -> bool:
+    """Whether the average goes over the values' own channels, as in cross-covariance attention."""
+    labels = product_labels(core.mix)
+    for value, names in zip(factors(core.mix), labels[:2] if labels is not None else (), strict=False):
+        if value is core.v and value is not None and labels is not None:
+            return any(names[axis] not in labels[2] for axis in varying_axes(flow.trace(v.op, value)[value].tags))
+    return False
+
+
 def _tie(flow: Flow, kind: str, core: Core, roles: Roles, partners: dict[Op, set[tuple[str, ...]]]) -> Iterator[Site | Miss]:
     ties: list[Tie] = []
     misses: list[Miss] = []
@@ -179,7 +227,9 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles, partners: dict[Op, set
         if source is None:
             reason = f"the {whose} of {core.mix.node.name} are not made by one weight alone"
         elif target is None:
-            reason = f"{what} cannot use the weight of the {whose}, {source.block}: no projection of their own was found"
+            crossed = source is roles.q and roles.v is not None and _averages_channels(flow, core, roles.v)
+            why = f"{core.mix.node.name} averages over channels, not over positions" if crossed else "no projection of their own was found"
+            reason = f"{what} cannot use the weight of the {whose}, {source.block}: {why}"
         else:
             reason = _half_obstacle(flow, roles, source, target, partners)
         if reason is not None:

@@ -13,6 +13,7 @@ from pe_fx.passes.pairs import common_module, leak, misuse, tie
 from pe_fx.ties import Miss, Site
 
 _ELEMENTWISE = {Kind.POINTWISE, Kind.NONLINEAR}
+_JOINED = {Kind.VIEW, Kind.NONLINEAR}
 _BEFORE_DOWN = {Kind.POINTWISE, Kind.NONLINEAR, Kind.NORM, Kind.VIEW}
 
 
@@ -27,6 +28,7 @@ class Glu:
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
         units = [unit for op in flow.ops if (unit := _unit(flow, op)) is not None]
+        yield from _in_parts(flow, self.kind)
         partners: dict[Op, set[tuple[str, ...]]] = {}
         for unit in units:
             for op in (unit.first.op, unit.second.op, unit.last):
@@ -67,6 +69,7 @@ class _Unit:
     product: Op
     last: Op
     down: Weight
+    across: Op | None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,13 +81,24 @@ class _Unit:
 
 
 def _unit(flow: Flow, last: Op) -> _Unit | None:
-    """The product before `last`, if its factors are two projections of one value, one of them activated."""
+    """The product before `last`, if its factors are two projections of one value, one of them activated.
+
+    A factor may have passed a weight along another axis since.
+    """
     if last.weight is None or last.is_depthwise:
         return None
-    product = source_along(last, _BEFORE_DOWN)
-    if product is None or product.kind is not Kind.PRODUCT or len(product.inputs) != 2:
+    product = _product_before(flow, last)
+    if product is None or len(product.inputs) != 2:
         return None
-    first, second = (_branch(flow, factor, product) for factor in product.inputs)
+    feeders = [source for factor in product.inputs if (source := flow.feeder(factor)) is not None]
+    if len(feeders) != 2:
+        return None
+    early, late = sorted(feeders, key=lambda op: op.index)
+    across = late if late is not early and source_along(late, _BEFORE_DOWN) is early else None
+    first, second = (
+        _branch(flow, factor, product, early if source is across else source, across is not None)
+        for factor, source in zip(product.inputs, feeders, strict=True)
+    )
     if first is None or second is None or source_along(first.op, _ELEMENTWISE) is not source_along(second.op, _ELEMENTWISE):
         return None
     own = [set(branch.channels) for branch in (first, second)]
@@ -92,16 +106,49 @@ def _unit(flow: Flow, last: Op) -> _Unit | None:
         return None  # tied already
     if first.op is second.op and not own[0].isdisjoint(own[1]):
         return None  # x * sigmoid(x) is one activation, not a gate
-    return _Unit(first, second, product, last, last.weight)
+    return _Unit(first, second, product, last, last.weight, across)
 
 
-def _branch(flow: Flow, factor: Op, product: Op) -> _Branch | None:
-    source = flow.feeder(factor)
-    if source is None or source.weight is None:
+def _product_before(flow: Flow, last: Op) -> Op | None:
+    """The first product on the way to `last`, past what shifts or scales it by numbers of its own, as a norm written out does."""
+    found: Op | None = None
+    op = last.inputs[0] if last.inputs else None
+    while op is not None and op.kind in _BEFORE_DOWN | {Kind.PRODUCT}:
+        if op.kind is Kind.PRODUCT and flow.dominates(op, last):
+            found = op
+        wide = [source for source in op.inputs if len(op.inputs) == 1 or _size(source, last.in_axis) == _size(op, last.in_axis)]
+        op = wide[0] if len(wide) == 1 else None
+    return found
+
+
+def _size(op: Op, axis: int) -> int:
+    """The size along an axis counted from the right, 1 where it is broadcast."""
+    return op.shape[axis] if len(op.shape) >= -axis else 1
+
+
+def _branch(flow: Flow, factor: Op, product: Op, source: Op, loosely: bool) -> _Branch | None:
+    if source.weight is None:
         return None
-    state = flow.trace(source, product).get(factor)
+    state = flow.trace(source, product, loosely=loosely).get(factor)
     is_factor = state is not None and channels_in(state.tags) is not None
     return _Branch(source, source.weight, state) if is_factor and state is not None else None
+
+
+def _in_parts(flow: Flow, kind: str) -> Iterator[Miss]:
+    """Units whose gate and values come joined from several uses of one weight, such as each expert's part of it."""
+    seen: set[tuple[str, ...]] = set()
+    for last in flow.ops:
+        product = _product_before(flow, last) if last.weight is not None else None
+        if product is None or last.weight is None:
+            continue
+        down = last.weight
+        ups = [op.weight for op in flow.backward(product, _JOINED, lambda op: op.weight is not None) if op.weight is not None]
+        names = tuple(dict.fromkeys((*(up.name for up in ups), down.name)))
+        fits = all(up.matrix == (2 * down.inputs, down.outputs) for up in ups)
+        if len(ups) > 1 and len(names) == 2 and fits and names not in seen:
+            seen.add(names)
+            joined = f"{names[0]} is applied in {len(ups)} parts that are joined before {down.name}"
+            yield Miss(kind, common_module(names), names, f"{joined}: only a weight applied at once is tied")
 
 
 def _obstacle(flow: Flow, unit: _Unit, partners: dict[Op, set[tuple[str, ...]]]) -> str | None:
@@ -113,6 +160,9 @@ def _obstacle(flow: Flow, unit: _Unit, partners: dict[Op, set[tuple[str, ...]]])
             return f"{weight.name} is no plain matrix but a convolution with {weight.kernel} kernel and {weight.groups} groups"
     if down.matrix != (up.inputs, len(unit.up.channels)):
         return f"{down.name} is {down.matrix}, {block} is {(len(unit.up.channels), up.inputs)}: not transposes of each other"
+    if unit.across is not None:
+        name = unit.across.weight.name if unit.across.weight is not None else unit.across.node.name
+        return f"a factor before {down.name} passes {name}, which works along another axis: it is no gate of single positions"
     if unit.first.state.activations == unit.second.state.activations:
         which = "both factors" if unit.first.state.activations else "neither factor"
         return f"{which} before {down.name} passed an activation: gate and up cannot be told apart"

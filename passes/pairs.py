@@ -147,7 +147,7 @@ def _reader_obstacle(flow: Flow, group: list[Pair]) -> str | None:
             return reason
         for reader in flow.readers[weight.name]:
             if reader not in uses[weight.name]:
-                partner = following(flow, reader) if weight is first else flow.feeder(reader.inputs[0])
+                partner = following(flow, reader) if weight is first else next(map(flow.feeder, reader.inputs), None)
                 there = f", there with {partner.weight.name}" if partner is not None and partner.weight is not None else ""
                 return f"{weight.name} is used a second time{there}, not with {other.name}"
     return None
@@ -160,12 +160,13 @@ def tie(source: Weight, target: Weight, of: Block | None = None, into: Block | N
 
 
 def common_module(names: tuple[str, ...]) -> str:
-    """The innermost module that holds all of the parameters.
+    """The innermost module that holds all of the parameters; of one alone, the module around its owner.
 
-    >>> common_module(("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"))
-    'blocks.0.mlp'
+    >>> common_module(("blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")), common_module(("blocks.0.attn.qkv.weight",))
+    ('blocks.0.mlp', 'blocks.0.attn')
     """
-    paths = [name.split(".")[:-1] for name in names]
+    depth = -1 if len(set(names)) > 1 else -2
+    paths = [name.split(".")[:depth] for name in names]
     common = []
     for atoms in zip(*paths, strict=False):
         if len(set(atoms)) > 1:

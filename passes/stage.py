@@ -198,6 +198,8 @@ def _treated(flow: Flow, pair: Pair, treatment: str) -> Site | Miss:
 def _shortcut(flow: Flow, pair: Pair, treatment: str) -> Entry | str:
     """The projection shortcut around an entry block, or why there is none to replace."""
     first, second = pair.weights
+    if not pair.first.inputs:
+        return "its input is a constant"
     source = pair.first.inputs[0]
     join = _join(flow, pair.first, pair.second)
     if first.inputs >= second.outputs:

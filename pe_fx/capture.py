@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import inspect
 import io
 import logging
 import operator
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pe_fx.errors import CaptureError
-from pe_fx.ops import base_name
+from pe_fx.ops import COPIES, GATHERS, base_name
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +76,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
     origin = "inputs derived from it, the last being" if example_inputs is None else "the inputs given,"
     hint = "pass example_inputs" if example_inputs is None else "check that model(*example_inputs) runs"
     raise CaptureError(
-        f"{type(model).__name__} could not be captured with {origin} {', '.join(shapes) or 'no tensors'}: {_first_line(errors[0])}\n"
-        f"(in eval mode: {_first_line(errors[1])}); {hint}: a tensor, a tuple of positional or a dict of keyword arguments"
+        f"{type(model).__name__} could not be captured with {origin} {', '.join(shapes) or 'no tensors'}: {first_line(errors[0])}\n"
+        f"(in eval mode: {first_line(errors[1])}); {hint}: a tensor, a tuple of positional or a dict of keyword arguments"
     ) from errors[0]
 
 
@@ -85,7 +87,23 @@ def _labelled(program: torch.export.ExportedProgram, inputs: ExampleInputs) -> C
     graph = inline_regions(program.graph_module)
     placeholders = graph.find_nodes(op="placeholder")
     weights = {node: names[node.name] for node in placeholders if node.name in names}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    for node in placeholders:
+        if node.name in lifted:
+            _show(node, program.constants[lifted[node.name]])
     return Captured(graph, weights, {node for node in placeholders if node.name in signature.user_inputs}, inputs)
+
+
+def _show(constant: fx.Node, value: Any) -> None:
+    """Positions that stand in the model's code are recorded as they are, not as fakes, unless something may write to them."""
+    copies: list[fx.Node] = [constant]
+    readers: list[fx.Node] = []
+    for node in copies:
+        for user in node.users:
+            (copies if base_name(user) in COPIES else readers).append(user)
+    if isinstance(value, Tensor) and not value.is_meta and all(base_name(user) in GATHERS for user in readers):
+        for node in copies:
+            node.meta["val"] = value.to("cpu", value_of(node).dtype)
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -122,7 +140,10 @@ def derive_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
     with contextlib.suppress(Exception):  # a property of a user's model may raise anything
         dummy = model.dummy_inputs
         if isinstance(dummy, Mapping):
-            yield {key: value.to(like.device) if isinstance(value, Tensor) else value for key, value in dummy.items()}
+            inputs = {key: value.to(like.device) if isinstance(value, Tensor) else value for key, value in dummy.items()}
+            yield inputs
+            if "attention_mask" in inspect.signature(model.forward).parameters:  # some make none for themselves while they are traced
+                yield {"attention_mask": torch.ones_like(inputs["input_ids"])} | inputs
     for module in model.modules():
         if isinstance(module, nn.Linear):
             yield random_like(2, module.in_features)
@@ -283,7 +304,17 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for module in copied.modules():
+        module._apply = functools.partial(_convert, module)  # type: ignore[method-assign]
+    return copied
+
+
+def _convert(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """A module that is what a forward would convert it to stays as it is: tensors cannot be exchanged while they are traced."""
+    tensors = [*module.parameters(recurse), *module.buffers(recurse)]
+    changed = any((new.dtype, new.device) != (old.dtype, old.device) for old in tensors for new in [fn(old)])
+    return type(module)._apply(module, fn, recurse) if changed else module  # type: ignore[no-untyped-call]
 
 
 def _refuse(model: nn.Module) -> None:
@@ -325,6 +356,10 @@ def _rng_untouched() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """
+    >>> first_line(ValueError("too long\\nby far"))
+    'ValueError: too long'
+    """
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"

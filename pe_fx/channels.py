@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from pe_fx.capture import value_of
-from pe_fx.operation import Op, factors, product_labels, shape_of
+from pe_fx.operation import Op, factors, is_floating, number, product_labels, shape_of
 from pe_fx.ops import Kind
 from pe_fx.ties import Shape
 
@@ -22,8 +23,9 @@ from pe_fx.ties import Shape
 class Channels:
     """Which channel of the traced origin stands at each position of a value.
 
-    `tags` holds channel number + 1 (0: a channel of something else) in the value's shape, a tuple of such tensors for an
-    operation with several results, or None where the channels were mixed; `lost` then says by what.
+    `tags` holds channel number + 1 (0: a channel of something else) in the value's shape, two of them as one complex number where
+    the value is complex; a tuple of such tensors for an operation with several results, or None where the channels were mixed;
+    `lost` then says by what.
     `uniform`: one number for all channels (their mean, their norm), and so the same along them wherever it is broadcast.
     `activations` counts the nonlinearities passed. `mixed`: a convolution over channels was passed, since which the tags are its own.
     """
@@ -44,12 +46,12 @@ def arriving(states: dict[Op, Channels], op: Op) -> Channels:
 
 
 def channels_along(tags: Any, axis: int) -> list[int] | None:
-    """The channel at each position of `axis`; None where it depends on the other axes too or is not of the origin.
+    """The channel at each position of `axis`; None where it depends on the other axes too, is not of the origin, or is a pair.
 
     >>> channels_along(torch.tensor([[3.0, 1.0], [3.0, 0.0]]), 1)
     [2, 0]
     """
-    if not isinstance(tags, Tensor):
+    if not isinstance(tags, Tensor) or tags.is_complex():
         return None
     flat = _shrink(tags, keep=axis % tags.dim()).movedim(axis, -1)
     flat = flat.reshape(-1, flat.shape[-1])
@@ -62,7 +64,7 @@ def channels_along(tags: Any, axis: int) -> list[int] | None:
 
 def channels_in(tags: Any) -> list[int] | None:
     """All channels of the origin that a value holds, sorted; None where it holds anything else (beside padding)."""
-    if not isinstance(tags, Tensor):
+    if not isinstance(tags, Tensor) or tags.is_complex():
         return None
     present = torch.unique(_shrink(tags)).long() - 1  # type: ignore[no-untyped-call]
     if present[0] < -1 or present[-1] < 0:
@@ -198,7 +200,9 @@ def _constant_along(shape: Shape, tags: Tensor) -> bool:
 
 
 def moved(op: Op, states: dict[Op, Channels]) -> Any:
-    """Runs a view on the tags."""
+    """Runs a view on the tags; None where it fails, or where it goes by positions that only the model's run will tell."""
+    if any(isinstance(value, FakeTensor) and not is_floating(value) for value in map(value_of, op.node.all_input_nodes[1:])):
+        return None
     order = iter(op.operands)
 
     def tags_of(node: fx.Node) -> Any:
@@ -206,7 +210,9 @@ def moved(op: Op, states: dict[Op, Channels]) -> Any:
         if source is not None and source in states:
             return states[source].tags
         value = value_of(node)
-        return torch.zeros(1, dtype=torch.float64).expand(value.shape) if isinstance(value, Tensor) else value
+        if isinstance(value, torch.SymInt):
+            return number(value)
+        return torch.zeros(1, dtype=torch.float64).expand(shape_of(value)) if is_floating(value) else value
 
     args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), tags_of)
     for copied in (False, True):  # a view that expanded tags refuse may need a copy
@@ -230,7 +236,7 @@ def _carried(op: Op, states: dict[Op, Channels]) -> Tensor | None:
         return None
     for names, value in reversed(list(zip(labels[:2], factors(op), strict=True))):
         tags = states[value].tags if value is not None and value in states else None
-        if not isinstance(tags, Tensor) or tags.dim() != len(names):
+        if not isinstance(tags, Tensor) or tags.is_complex() or tags.dim() != len(names):
             continue
         summed = [axis for axis, label in enumerate(names) if label not in labels[2]]
         tags = _lazy(tags)
@@ -289,7 +295,7 @@ def _reduced(op: Op, tags: Tensor) -> Tensor | None:
         return None
     keepdim = len(op.shape) == tags.dim()
     for axis in sorted(axes, reverse=True):
-        tags = tags.amax(axis, keepdim=keepdim)
+        tags = tags.narrow(axis, 0, 1) if keepdim else tags.select(axis, 0)
     return tags if tuple(tags.shape) == op.shape else None
 
 

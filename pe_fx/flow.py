@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from pe_fx.capture import Captured, value_of
 from pe_fx.channels import Channels, expand_along, transfer
 from pe_fx.operation import Op, is_floating, is_tensor, shape_of
-from pe_fx.ops import KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place, is_pure_move
+from pe_fx.ops import GATHERS, KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place, is_pure_move
 from pe_fx.weights import Static, attach_weight
 
 Test = Callable[[Op], bool]
@@ -97,6 +97,8 @@ class Flow:
         kind = KINDS.get(base_name(node)) if node.op.startswith("call") else None
         if kind in (Kind.PROJECTION, Kind.CONV) or (kind is Kind.LOOKUP and node in reached):
             return True
+        if base_name(node) in GATHERS:  # which rows of a table are taken makes them no value of another origin
+            return operands[0] in self._of_node
         return kind is not Kind.CONSTANT and any(operand in self._of_node for operand in operands)
 
     def _op(self, node: fx.Node, operands: list[fx.Node], static: Static) -> Op:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from pe_fx.capture import value_of
@@ -98,7 +99,7 @@ class Op:
 
     @property
     def is_depthwise(self) -> bool:
-        return self.groups > 1 and self.groups == self.shape[self.out_axis] == self.inputs[0].shape[self.in_axis]
+        return bool(self.inputs) and self.groups > 1 and self.groups == self.shape[self.out_axis] == self.inputs[0].shape[self.in_axis]
 
     @property
     def stride(self) -> tuple[int, ...]:
@@ -167,7 +168,16 @@ def factors(op: Op) -> tuple[Op | None, ...]:
 def shape_of(value: Any) -> Shape:
     if isinstance(value, (list, tuple)):
         return (len(value),)
-    return tuple(size if isinstance(size, int) else 1 for size in value.shape) if isinstance(value, Tensor) else ()
+    return tuple(map(number, value.shape)) if isinstance(value, Tensor) else ()
+
+
+def number(size: int | torch.SymInt) -> int:
+    """A size as a number. What only the model's run can tell counts as a prime, such that no reshape fits it by chance."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size.node.hint, int):
+        return size.node.hint
+    return max(1, int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, 7))))
 
 
 def is_tensor(value: Any) -> bool:

@@ -49,12 +49,13 @@ _NAMES: dict[Kind, str] = {
         view reshape flatten unflatten permute transpose t numpy_t mt movedim moveaxis swapaxes swapdims squeeze unsqueeze expand
         expand_as view_as reshape_as unbind split split_with_sizes chunk tensor_split select slice narrow getitem cat concat stack
         hstack vstack roll flip repeat repeat_interleave tile pad constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle
-        unfold im2col broadcast_to atleast_2d atleast_3d rot90 unsafe_view unsafe_split adjoint diagonal as_strided
+        unfold im2col broadcast_to atleast_2d atleast_3d rot90 unsafe_view unsafe_split adjoint diagonal as_strided index index_select
+        complex view_as_complex view_as_real real imag
     """,
     Kind.POINTWISE: """
         add sub rsub neg negative dropout native_dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d
         dropout3d contiguous clone alias detach to to_copy type type_as float half bfloat16 double lift_fresh lift_fresh_copy
-        positive masked_fill add_relu iadd isub copy
+        positive masked_fill add_relu iadd isub copy conj resolve_conj
     """,
     Kind.NONLINEAR: """
         relu relu6 gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus prelu rrelu
@@ -78,6 +79,12 @@ _NAMES: dict[Kind, str] = {
 
 SHAPE_OF_SECOND = ("expand_as", "view_as", "reshape_as", "type_as")
 """Operations that take from their second operand its shape or type alone."""
+
+COPIES = ("alias", "clone", "contiguous", "detach", "lift_fresh", "lift_fresh_copy", "to", "to_copy")
+"""Operations whose result holds their operand's values."""
+
+GATHERS = ("index", "index_select")
+"""Operations that take entries at positions that a tensor holds."""
 
 KINDS: dict[str, Kind] = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 
@@ -124,4 +131,6 @@ def is_pure_move(node: fx.Node) -> bool:
         "pad",
         "constant_pad_nd",
         "repeat",
+        "complex",
+        *GATHERS,
     )

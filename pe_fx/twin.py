@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pe_fx.capture import ExampleInputs, as_arguments, capture, tensors_in
+from pe_fx.capture import ExampleInputs, as_arguments, capture, first_line, tensors_in
 from pe_fx.errors import PeFxError
 from pe_fx.tied import Tied, stored, untie_weights
 from pe_fx.ties import table
@@ -50,10 +50,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found; true where every error is below the tolerance."""
+    """What `verify` found; true where every error is below the tolerance. `notes` say what could not be compared, and why."""
 
     comparisons: tuple[Comparison, ...]
     tolerance: float
+    notes: tuple[str, ...] = ()
 
     @property
     def worst(self) -> float:
@@ -65,7 +66,8 @@ class Report:
     def __str__(self) -> str:
         rows = [(c.mode, c.quantity, f"{c.error:.1e}", c.worst) for c in self.comparisons]
         verdict = "equal to the dense twin" if self else "NOT equal to the dense twin"
-        return table(("mode", "quantity", "error", "worst at"), rows) + f"\n\n{verdict} (tolerance {self.tolerance:.0e})"
+        lines = [table(("mode", "quantity", "error", "worst at"), rows), "", f"{verdict} (tolerance {self.tolerance:.0e})", *self.notes]
+        return "\n".join(lines)
 
 
 def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tolerance: float | None = None) -> Report:
@@ -79,24 +81,40 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
     The default `tolerance` of the relative error is 1e-4, for half precision 1e-2 and for bfloat16 5e-2.
     The gradient of a source must be the sum of the twin's gradients, mapped through the ties. Random operations draw the same
     numbers in both. Parameters that are constant, such as a scale that starts at zero, are given other values in the copies that
-    are compared, lest they hide an error. The model itself is not touched. Raises `PeFxError` where nothing in the model is tied.
+    are compared, lest they hide an error. Where the twin's own backward raises, or no gradient reaches a tied weight, the report
+    says so. The model itself is not touched. Raises `PeFxError` where nothing in the model is tied.
     """
     tied_modules = [module for module in model.modules() if isinstance(module, Tied)]
     if not tied_modules:
         raise PeFxError("nothing in this model is tied: pass what pe_fx.transform returned")
     args, kwargs = as_arguments(_fitting_inputs(model) if example_inputs is None else example_inputs)
     found: list[Comparison] = []
+    notes: list[str] = []
     model = _without_constants(model)
     tied, twin = model, untie(model)
     for mode, training in (("train", True), ("eval", False)):
-        outputs, gradients = _run(tied.train(training), args, kwargs)
         expected, dense_gradients = _run(twin.train(training), args, kwargs)
+        outputs, gradients = _run(tied.train(training), args, kwargs)
         found.append(_largest(mode, "outputs", {f"output {i}": pair for i, pair in enumerate(zip(outputs, expected, strict=True))}))
+        if isinstance(dense_gradients, Exception):
+            notes.append(f"{mode}: no gradients compared, since the dense twin's backward raises {first_line(dense_gradients)}")
+            continue
+        if isinstance(gradients, Exception):
+            raise gradients
         mapped = _mapped_gradients(tied, dense_gradients)
+        if not any(bool(gradient.any()) for name in _sources(tied) if (gradient := mapped[name]) is not None):
+            notes.append(f"{mode}: no gradient reaches a tied weight")
         pairs = {name: (gradients[name], mapped[name]) for name in mapped if gradients.get(name) is not None or mapped[name] is not None}
         found.append(_largest(mode, "gradients", pairs))
     dtypes = {stored(*source).dtype for module in tied_modules for weight in module.tied_weights.values() for source in weight.sources}
-    return Report(tuple(found), tolerance or max(TOLERANCES.get(dtype, 1e-4) for dtype in dtypes))
+    return Report(tuple(found), tolerance or max(TOLERANCES.get(dtype, 1e-4) for dtype in dtypes), tuple(notes))
+
+
+def _sources(model: nn.Module) -> list[str]:
+    """The names of the parameters that ties are views of."""
+    tied = [module for module in model.modules() if isinstance(module, Tied)]
+    sources = {id(stored(*source)) for module in tied for weight in module.tied_weights.values() for source in weight.sources}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in sources]
 
 
 def _without_constants(model: nn.Module) -> nn.Module:
@@ -118,8 +136,10 @@ def _fitting_inputs(model: nn.Module) -> ExampleInputs:
     return found
 
 
-def _run(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-    """Outputs, and the gradients of a random projection of them."""
+def _run(
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[list[Tensor], dict[str, Tensor | None] | Exception]:
+    """Outputs, and the gradients of a random projection of them, or what the backward raises."""
     model.zero_grad(set_to_none=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -129,9 +149,13 @@ def _run(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) 
             ((value.float() * torch.randn(value.shape, device=value.device)).sum() for value in outputs if value.requires_grad),
             torch.zeros(()),
         )
-        if loss.requires_grad:
-            torch.autograd.backward(loss)
-    return [value.detach() for value in outputs], {name: parameter.grad for name, parameter in model.named_parameters()}
+        outputs = [value.detach() for value in outputs]
+        try:
+            if loss.requires_grad:
+                torch.autograd.backward(loss)
+        except Exception as error:  # whatever a model's own backward raises
+            return outputs, error
+    return outputs, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def _mapped_gradients(tied: nn.Module, dense: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

@@ -14,7 +14,8 @@ from pe_fx.operation import Op, Weight, factors, is_floating, product_labels, sh
 from pe_fx.ops import KINDS, Kind, base_name
 from pe_fx.ties import Block, Shape
 
-_STATIC_KINDS = {Kind.VIEW, Kind.POINTWISE, Kind.PRODUCT, Kind.NORM, Kind.REDUCE, Kind.NONLINEAR, Kind.CONSTANT}
+_STATIC_KINDS = {Kind.POINTWISE, Kind.PRODUCT, Kind.NORM, Kind.REDUCE, Kind.NONLINEAR, Kind.CONSTANT}
+_RESHAPES = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as")
 _IDENTITIES = (
     "contiguous",
     "clone",
@@ -148,7 +149,7 @@ def _view_of_parameter(node: fx.Node, out_label: int, in_label: int, static: Sta
     if full != shape:
         return None
     block = Block.whole(static.name(parameter), full)
-    return Weight(block, out_label, in_label, tuple(range(full[out_label])), kernel, groups, _stranger(node, parameter))
+    return Weight(block, out_label, in_label, tuple(range(full[out_label])), kernel, groups, _stranger(node, parameter, static))
 
 
 def _positions(node: fx.Node, parameter: fx.Node, full: Shape) -> list[Tensor] | None:
@@ -209,15 +210,16 @@ def _from_positions(
     return Weight(block, out_dim, in_dim, tuple(rows), kernel, groups)
 
 
-def _stranger(node: fx.Node, parameter: fx.Node) -> str:
-    """The first operation between `parameter` and `node` that does more than standardise, by name."""
+def _stranger(node: fx.Node, parameter: fx.Node, static: Static) -> str:
+    """The first operation between `parameter` and `node` that does more than standardise, by name: it may not reorder entries."""
     seen, stack = {node}, [node]
     while stack:
         current = stack.pop()
-        if current.op.startswith("call") and KINDS.get(base_name(current)) not in _STATIC_KINDS:
-            return base_name(current)
-        for operand in current.all_input_nodes if current is not parameter else ():
-            if operand not in seen:
+        name = base_name(current) if current.op.startswith("call") else ""
+        if name and KINDS.get(name) not in _STATIC_KINDS and name not in _RESHAPES:
+            return name
+        for operand in current.all_input_nodes:
+            if operand not in seen and parameter in static.sources(operand) and operand is not parameter:
                 seen.add(operand)
                 stack.append(operand)
     return ""

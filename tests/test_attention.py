@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -122,6 +123,16 @@ def test_mask_as_input() -> None:
     hit(net, {"x": X, "mask": torch.ones(5, 5, dtype=torch.bool).tril()}, *SEPARATE)
 
 
+def test_as_many_images_as_a_mask_selects() -> None:
+    def forward(m: Net, x: Tensor, kept: Tensor) -> Tensor:
+        x = x[kept]
+        q, k, v = (part(x).view(x.shape[0], 5, HEADS, HEAD).transpose(1, 2) for part in (m.q, m.k, m.v))
+        return m.out(sdpa(q, k, v).transpose(1, 2).reshape(x.shape[0], 5, D))
+
+    net = Net(forward, q=linear(D, D), k=linear(D, D), v=linear(D, D), out=linear(D, D))
+    hit(net, (X, torch.tensor([True, False])), *SEPARATE)
+
+
 def test_one_head_without_reshape() -> None:
     net = Net(
         lambda m, x: m.out(by_hand(m.q(x), m.k(x), m.v(x))),
@@ -158,6 +169,32 @@ def test_rotary_embedding(rotate: Callable[[Tensor], Tensor]) -> None:
         return x * angles.cos() + rotate(x) * angles.sin()
 
     hit(separate(lambda q, k, v: sdpa(rotary(q), rotary(k), v)), X, *SEPARATE)
+
+
+def rotated(x: Tensor) -> Tensor:
+    """A rotary embedding by complex numbers."""
+    angles = torch.arange(x.shape[-2])[:, None] / 10.0 ** torch.arange(HEAD // 2)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def rotated_by_parts(x: Tensor) -> Tensor:
+    """The same with real and imaginary parts in the two halves of a head, turned back by the conjugate."""
+    turned = (torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones(HEAD // 2), torch.arange(HEAD // 2) / 3)).conj()
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+@pytest.mark.parametrize("rotary", [rotated, rotated_by_parts])
+def test_rotary_embedding_by_complex_numbers(rotary: Callable[[Tensor], Tensor]) -> None:
+    hit(separate(lambda q, k, v: sdpa(rotary(q), rotary(k), v)), X, *SEPARATE)
+    hit(fused(lambda q, k, v: by_hand(rotary(q), rotary(k), v)), X, *FUSED)
+
+
+def test_two_channels_as_one_absolute_value() -> None:
+    def absolute(x: Tensor) -> Tensor:
+        return torch.view_as_complex(x.unflatten(-1, (-1, 2))).abs().repeat(1, 1, 1, 2)
+
+    miss(separate(lambda q, k, v: sdpa(q, k, absolute(v))), X, "values cannot use .* no projection of their own", weights=("k.weight",))
 
 
 def test_rotary_embedding_on_part_of_each_head() -> None:
@@ -381,6 +418,53 @@ def test_one_query(core: Core) -> None:
     hit(separate(core), torch.randn(1, 1, D), *SEPARATE)
 
 
+@pytest.mark.parametrize("key", [[-2], torch.tensor([HEADS])], ids=["list", "tensor"])
+def test_fused_cut_by_constant_positions(key: object) -> None:
+    """One key and one value for all queries, as rows of one weight."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = m.qkv(x).unflatten(-1, (HEADS + 2, HEAD))
+        q, k, v = y[..., :-2, :], y[..., key, :], y.index_select(-2, torch.tensor([HEADS + 1]))
+        k, v = (part.expand_as(q).transpose(1, 2) for part in (k, v))
+        return m.proj(joined(sdpa(q.transpose(1, 2), k, v)))
+
+    net = Net(forward, qkv=linear(D, D + 2 * HEAD), proj=linear(D, D))
+    hit(net, X, "proj.weight ← qkv.weight[0:8]ᵀ")
+    reasons = [found.reason for found in pe_fx.plan(net, X).misses]
+    assert reasons == ["qkv.weight[12:16] is (4, 8), qkv.weight[8:12] is (4, 8): not transposes of each other"]
+
+
+def picked(positions: Callable[[Net], Tensor]) -> Net:
+    """Queries are the fused weight's channels at positions that a tensor holds."""
+
+    def forward(m: Net, x: Tensor, *given: Tensor) -> Tensor:
+        y = m.qkv(x)
+        q, k, v = y[..., given[0] if given else positions(m)], y[..., D : 2 * D], y[..., 2 * D :]
+        return m.proj(joined(sdpa(heads(q), heads(k), heads(v))))
+
+    net = Net(forward, qkv=linear(D, 3 * D), proj=linear(D, D))
+    net.register_buffer("positions", torch.arange(D))
+    return net
+
+
+def written(m: Net) -> Tensor:
+    positions = torch.tensor(list(range(D)))
+    positions[0] = D - 1
+    return positions
+
+
+@pytest.mark.parametrize("positions", [lambda m: m.positions, written, None], ids=["buffer", "written", "input"])
+def test_positions_that_may_be_others_when_the_model_runs(positions: Callable[[Net], Tensor] | None) -> None:
+    net = picked(positions or written)
+    made = pe_fx.plan(net, X if positions else (X, torch.arange(D)))
+    assert ties(made) == ["qkv.weight[16:24] ← qkv.weight[8:16]ᵀ"]
+    assert "the queries of scaled_dot_product_attention are not made by one weight alone" in made.explain()
+
+
+def test_positions_in_another_order() -> None:
+    hit(picked(lambda m: torch.tensor([1, 0, *range(2, D)])), X, *FUSED)
+
+
 def test_output_gated_by_the_input() -> None:
     def forward(m: Net, x: Tensor) -> Tensor:
         return m.out(joined(sdpa(heads(m.q(x)), heads(m.k(x)), heads(m.v(x)))) * m.gate(x).sigmoid())
@@ -481,6 +565,35 @@ def test_no_softmax() -> None:
     assert not pe_fx.plan(separate(lambda q, k, v: q @ k.mT @ v), X).sites
 
 
+def test_softmax_of_the_keys_alone() -> None:
+    """Factorised attention: q (softmax(k)ᵀ v)."""
+    reason = r"averages by a softmax that is not of queries times keys: k\.weight, v\.weight"
+    miss(separate(lambda q, k, v: q @ (k.softmax(-2).mT @ v)), X, reason, weights=("k.weight", "v.weight"))
+    miss(fused(lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v)), X, r"softmax that is not of queries times keys: qkv\.weight$")
+    assert not pe_fx.plan(separate(lambda q, k, v: q @ (k.softmax(-2).mT @ v), v=linear(D, 16), out=linear(16, D)), X).misses
+
+
+def test_average_over_channels_leaves_the_output() -> None:
+    """Cross-covariance attention: the output's channels are those of the queries, and the values' are averaged."""
+    net = separate(lambda q, k, v: ((F.normalize(q.mT, dim=-1) @ F.normalize(k.mT, dim=-1).mT).softmax(-1) @ v.mT).mT)
+    hit(net, X, "v.weight ← k.weightᵀ")
+    assert "out" not in str(pe_fx.plan(net, X).ties)
+    assert re.search(r"output projection .* q\.weight: matmul_1 averages over channels, not over positions", pe_fx.plan(net, X).explain())
+
+
+def test_weights_of_three_dimensions() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("bih,hnd->bnid", x, part) for part in (m.q, m.k, m.v))
+        return torch.einsum("bnid,hnd->bih", by_hand(q, k, v), m.o)
+
+    net = Net(forward, **{name: weight(D, HEADS, HEAD) for name in "qkvo"})
+    miss(net, X, "neither the queries nor the keys of .* are made by one matrix alone", weights=("q", "k", "v"))
+
+
+def test_attention_without_weights_is_no_miss() -> None:
+    assert not pe_fx.plan(Net(lambda m, x: m.out(by_hand(x, x, x)), out=linear(D, D)), X).misses
+
+
 def test_softmax_over_the_queries_does_not_swap_roles() -> None:
     made = pe_fx.plan(separate(lambda q, k, v: (q @ k.mT).softmax(-2) @ v), X)
     assert set(ties(made)) <= set(SEPARATE)
@@ -506,6 +619,13 @@ def test_values_of_another_width() -> None:
         frozenset(("k.weight", "v.weight")),
         frozenset(("q.weight", "out.weight")),
     }
+
+
+def test_site_of_one_fused_weight_is_named_by_the_module_around_it() -> None:
+    attn = Net(lambda m, x: joined(sdpa(*map(heads, m.qkv(x).chunk(3, -1)))), qkv=linear(D, 3 * D))
+    made = pe_fx.plan(Net(lambda m, x: m.attn(x), attn=attn), X)
+    assert [(site.name, site.weights) for site in made.sites] == [("attn", ("attn.qkv.weight",))]
+    assert "qkv.weight[16:24] ← qkv.weight[8:16]ᵀ" in str(made)
 
 
 def test_no_output_projection() -> None:

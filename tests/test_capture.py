@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -98,6 +98,23 @@ def test_derived_from_transformers() -> None:
     model = transformers.BertModel(config)
     assert derived(model)["input_ids"].dtype == torch.long
     assert {site.kind for site in pe_fx.plan(model).sites} == {"attention", "mlp"}
+
+
+class Masked(nn.Module):
+    dummy_inputs: ClassVar = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.fc1, self.fc2 = nn.Embedding(9, 8), linear(8, 16), linear(16, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.fc2(self.fc1(self.embedding(input_ids)).relu()) * attention_mask[..., None]
+
+
+def test_derived_mask_where_the_model_makes_none() -> None:
+    captured = capture(Masked())
+    assert torch.equal(captured.example_inputs["attention_mask"], torch.ones(2, 5, dtype=torch.long))
+    assert ties(pe_fx.plan(Masked())) == [TIE]
 
 
 @pytest.mark.parametrize(
@@ -296,6 +313,27 @@ def test_both_modes_fail() -> None:
         return plain(m, x) if float(x.sum()) > 0 else x
 
     with pytest.raises(CaptureError, match=r"Net could not be captured[\s\S]*in eval mode"):
+        pe_fx.plan(mlp(forward), X)
+
+
+def test_module_converted_in_forward_to_the_dtype_it_has() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        m.fc1 = m.fc1.to(torch.float32)
+        return plain(m, x.to(m.fc2.to(x.device).weight.dtype))
+
+    net = mlp(forward)
+    weight = net.fc1.weight
+    assert_hit(net, X, TIE, kind="mlp")
+    assert net.fc1.weight is weight
+    assert "_apply" not in vars(net.fc1)
+
+
+def test_module_converted_in_forward_to_another_dtype() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        m.fc1 = m.fc1.double()
+        return m.fc2(m.fc1(x.double()).relu().float())
+
+    with pytest.raises(pe_fx.CaptureError, match="Couldn't swap"):
         pe_fx.plan(mlp(forward), X)
 
 

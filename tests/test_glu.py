@@ -101,6 +101,20 @@ def test_1x1_convolutions() -> None:
     hit(net, torch.randn(2, D, 4, 4), TIE)
 
 
+def rms(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def standardised(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
+
+
+@pytest.mark.parametrize("norm", [rms, standardised])
+def test_norm_written_out_before_down(norm: Callable[[Tensor], Tensor]) -> None:
+    hit(swiglu(lambda m, x: m.down(m.scale * norm(F.silu(m.gate(x)) * m.up(x)).to(x.dtype)), scale=torch.randn(H)), X, TIE)
+    hit(swiglu(lambda m, x: m.down(norm(norm(F.silu(m.gate(x)) * m.up(x))))), X, TIE)
+
+
 # ---- hits: gate and up in one weight
 
 
@@ -133,6 +147,45 @@ def test_interleaved_rows() -> None:
     net = fused(lambda m, x: m.down(F.silu((y := m.up(x).unflatten(-1, (H, 2)))[..., 0]) * y[..., 1]))
     rows = "+".join(f"{i}:{i + 1}" for i in (1, 3, 5))
     hit(net, X, f"down.weight ← up.weight[{rows}+…]ᵀ")
+
+
+def experts(forward: Callable[[Net, Callable[[Tensor, Tensor, Tensor], Tensor], Tensor], Tensor]) -> Net:
+    """Four experts, each token sent to one of them; weights (experts, in, out) and biases (experts, out)."""
+
+    def routed(m: Net, x: Tensor) -> Tensor:
+        expert, order = m.router(x).argmax(-1).sort()
+        ends = torch.arange(1, 5) * 3
+
+        def apply(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+            return F.grouped_mm(x, matrix, offs=ends.int()) + bias[expert]
+
+        return forward(m, apply, x[order])
+
+    members = {"up": weight(4, D, 2 * H), "up_bias": weight(4, 2 * H), "down": weight(4, H, D), "down_bias": weight(4, D)}
+    return Net(routed, router=linear(D, 4), **members)
+
+
+TOKENS = torch.randn(12, D)
+
+
+def test_experts_with_interleaved_channels_and_biases() -> None:
+    def forward(m: Net, apply: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        y = apply(x, m.up, m.up_bias)
+        gate, up = y[:, ::2].clamp(max=7), y[:, 1::2].clamp(-7, 7)
+        return apply((up + 1) * (gate * torch.sigmoid(1.7 * gate)), m.down, m.down_bias)
+
+    hit(experts(forward), TOKENS, "down ← up[:, :, 1:2+3:4+5:6+…]ᵀ")
+
+
+def test_expert_chosen_by_the_hidden_value() -> None:
+    def forward(m: Net, apply: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        gate, up = apply(x, m.up, m.up_bias).chunk(2, -1)
+        hidden = F.silu(gate) * up
+        return apply(hidden * m.table[hidden.argmax(-1)], m.down, m.down_bias)
+
+    net = experts(forward)
+    net.table = weight(H, H)
+    hit(net, TOKENS, "down ← up[:, :, 12:24]ᵀ")
 
 
 def test_fused_weight_in_by_out() -> None:
@@ -201,6 +254,49 @@ def test_neither_activated() -> None:
 def test_norm_is_no_activation() -> None:
     net = swiglu(lambda m, x: m.down(m.norm(m.gate(x)) * m.up(x)), norm=nn.LayerNorm(H))
     miss(net, X, r"neither factor", weights=("down.weight",))
+
+
+def test_values_of_several_uses_joined() -> None:
+    """Each expert's linear by itself."""
+
+    def parallel(x: Tensor, weights: Tensor) -> Tensor:
+        return torch.cat([F.linear(part, weights[i]) for i, part in enumerate(x.split((2, 3)))])
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        gate, up = parallel(x, m.up).chunk(2, -1)
+        return parallel(F.silu(gate) * up, m.down)
+
+    net = Net(forward, up=weight(2, 2 * H, D), down=weight(2, D, H))
+    miss(net, torch.randn(5, D), "up is applied in 2 parts that are joined before down", weights=("up", "down"))
+
+
+def test_gate_over_positions() -> None:
+    """Spatial gating: the second half of the channels passes a linear over tokens."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        u, v = F.gelu(m.up(x)).chunk(2, -1)
+        return m.down(u * m.tokens(m.norm(v).mT).mT)
+
+    net = fused(forward, tokens=linear(5, 5), norm=nn.LayerNorm(H))
+    miss(net, X, r"passes tokens\.weight, which works along another axis", weights=("down.weight",))
+
+
+@pytest.mark.parametrize(
+    "scaled", [lambda m, x, h: h * m.scale(x).sigmoid(), lambda m, x, h: h * h.softmax(-2)], ids=["by the input", "over positions"]
+)
+def test_scale_that_is_no_norm(scaled: Callable[[Net, Tensor, Tensor], Tensor]) -> None:
+    """Only numbers of the hidden value's own, one for all its channels, stand between the product and down."""
+    net = swiglu(lambda m, x: m.down(scaled(m, x, F.silu(m.gate(x)) * m.up(x))), scale=linear(D, 1))
+    assert not any(found.kind == "glu" for found in pe_fx.plan(net, X).sites)
+
+
+def test_norm_that_is_returned() -> None:
+    def forward(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.silu(m.gate(x)) * m.up(x)
+        size = hidden.pow(2).mean(-1, keepdim=True)
+        return m.down(hidden * size.rsqrt()), size
+
+    miss(swiglu(forward), X, r"is returned", weights=("up.weight", "down.weight"))
 
 
 def test_shapes_not_transposed() -> None:

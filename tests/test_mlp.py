@@ -57,6 +57,14 @@ def test_relu_squared() -> None:
     hit(pair(lambda m, x: m.fc2(F.relu(m.fc1(x)) ** 2)), X, "fc2.weight ← fc1.weightᵀ")
 
 
+def test_norm_written_out() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        hidden = F.relu(m.fc1(x))
+        return m.fc2(hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+    hit(pair(forward), X, "fc2.weight ← fc1.weightᵀ")
+
+
 def test_gelu_written_out() -> None:
     def gelu(x: Tensor) -> Tensor:
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -97,6 +105,21 @@ def test_1x1_convolutions(dims: int) -> None:
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     x = torch.randn(2, 8, *[4] * dims)
     hit(nn.Sequential(conv(8, 16, 1), nn.GELU(), conv(16, 8, 1)), x, "2.weight ← 0.weightᵀ")
+
+
+@pytest.mark.parametrize(
+    "rearranged",
+    [
+        lambda w: torch.cat((w[3:], w[:3])),
+        lambda w: w[[1, 0, *range(2, 12)]],
+        lambda w: F.layer_norm(w.flip(0), w.shape[1:]),
+        lambda w: 2 * w.view(2, 6, 8).transpose(0, 1).reshape(12, 8),
+    ],
+    ids=["cat", "index", "standardised", "scaled"],
+)
+def test_rows_of_a_bare_parameter_rearranged(rearranged: Callable[[Tensor], Tensor]) -> None:
+    net = Net(lambda m, x: F.linear(F.relu(F.linear(x, rearranged(m.a))), m.b), a=weight(12, 8), b=weight(8, 12))
+    miss(net, torch.randn(3, 8), "a is applied through", weights=("a",))
 
 
 def test_functional_linear_with_bare_parameters() -> None:
@@ -593,6 +616,23 @@ def test_untouched_where_nothing_is_found() -> None:
     assert list(same.state_dict()) == list(net.state_dict())
 
 
+def test_second_use_on_a_constant() -> None:
+    net = Net(lambda m, x: m.fc2(m.fc1(x).relu()) + m.fc2(m.start), fc1=linear(8, 16), fc2=linear(16, 8), start=torch.randn(16))
+    miss(net, X, "fc2.weight is used a second time, not with fc1.weight")
+
+
+def test_row_of_a_table_that_the_input_chooses() -> None:
+    """Behind the choice begins a value of its own, also for a depthwise convolution."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        chosen = m.table[m.choice(x).argmax(-1)]
+        return m.fc2(m.fc1(m.depthwise(chosen.mT).mT).relu())
+
+    depthwise = nn.Conv1d(8, 8, 3, padding=1, groups=8)
+    net = Net(forward, table=torch.randn(4, 8), choice=linear(8, 4), depthwise=depthwise, fc1=linear(8, 16), fc2=linear(16, 8))
+    hit(net, X, "fc2.weight ← fc1.weightᵀ")
+
+
 @pytest.mark.parametrize("part", ["weight", "bias"])
 def test_weight_or_bias_made_from_the_input(part: str) -> None:
     def forward(m: Net, x: Tensor) -> Tensor:
@@ -606,6 +646,14 @@ def test_weight_or_bias_made_from_the_input(part: str) -> None:
 def test_as_many_tokens_as_a_mask_selects() -> None:
     net = pair(lambda m, x: m.fc2(F.layer_norm(m.fc1(x[x[..., 0] > 0]).relu(), (16,))))
     assert ties(pe_fx.plan(net, X)) == ["fc2.weight ← fc1.weightᵀ"]
+
+
+def test_reshape_by_as_many_tokens_as_a_mask_selects() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.fc1(x[x[:, 0] > 0]).relu()
+        return m.fc2(h.view(16, h.shape[0]).t())
+
+    miss(pair(forward), X[0], "another axis")
 
 
 def test_part_of_the_hidden_value_overwritten_from_elsewhere() -> None:

@@ -298,6 +298,13 @@ def test_expand_where_the_widths_do_not_divide() -> None:
     assert ties(made) == SHARED
 
 
+def test_entry_whose_input_is_a_constant() -> None:
+    net = Net(lambda m, x: m.blocks(m.start) + x, blocks=nn.Sequential(Block(IN), Block()), start=torch.randn(NARROW.shape))
+    made = pe_fx.plan(net, X, entry="slice")
+    assert not any(tie.target == "blocks.0.conv1.weight" for tie in made.ties)
+    assert "entry='slice' does not apply: its input is a constant" in made.explain()
+
+
 def test_entry_frozen_beside_trained() -> None:
     net = stage()
     net[0].conv1.weight.requires_grad_(False)

@@ -94,6 +94,41 @@ def test_dense_model_is_refused() -> None:
         pe_fx.verify(mlp(), X)
 
 
+class TrainOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, training: bool) -> Tensor:
+        ctx.training = training
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        assert ctx.training, "make sure to use model.train()"
+        return gradient, None
+
+
+def test_backward_that_raises_in_eval_mode() -> None:
+    net = Net(lambda m, x: TrainOnly.apply(m.inner(x), m.training), inner=pe_fx.transform(mlp(), X))
+    report = pe_fx.verify(net, X)
+    assert report
+    assert [(c.mode, c.quantity) for c in report.comparisons] == [("train", "outputs"), ("train", "gradients"), ("eval", "outputs")]
+    raised = "eval: no gradients compared, since the dense twin's backward raises AssertionError: make sure to use model.train()"
+    assert report.notes == (raised,)
+    assert str(report).endswith(raised)
+
+
+def test_backward_that_raises_in_the_tied_model_alone() -> None:
+    net = Net(lambda m, x: TrainOnly.apply(m.inner(x), not hasattr(m.inner[3], "tied_weights")), inner=pe_fx.transform(mlp(), X))
+    with pytest.raises(AssertionError, match="make sure to use"):
+        pe_fx.verify(net, X)
+
+
+def test_no_gradient_reaches_what_is_tied() -> None:
+    net = Net(lambda m, x: m.scale * m.inner(x).detach(), inner=pe_fx.transform(mlp(), X), scale=torch.randn(8))
+    report = pe_fx.verify(net, X)
+    assert report.notes == ("train: no gradient reaches a tied weight", "eval: no gradient reaches a tied weight")
+    assert not pe_fx.verify(net.inner, X).notes
+
+
 def test_the_model_is_not_touched() -> None:
     tied = pe_fx.transform(bottleneck(), IMAGE).eval()
     before = {name: value.clone() for name, value in tied.state_dict().items()}
