@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from pe_fx.api import plan_captured, plan_of
 from pe_fx.capture import capture
-from pe_fx.dynamo import classes_in, fake_like, graph_break, lower, weights_of
+from pe_fx.dynamo import GraphWeight, classes_in, fake_like, graph_break, lower, weights_of
 from pe_fx.errors import NoSitesWarning, PeFxError
 from pe_fx.ledger import Ledger, ledger
 from pe_fx.lowering import UUID, run_passes
@@ -31,6 +32,7 @@ class Backend:
     """What torch.compile calls with each graph; found by the name "pe_fx".
 
     >>> import torch, pe_fx
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> compiled = torch.compile(model, backend="pe_fx", options={"rules": ["mlp"]})
 
@@ -54,43 +56,46 @@ class Backend:
         unknown = [name for name in options if name not in OPTIONS]
         if unknown:
             raise PeFxError(f"option {unknown[0]!r} is unknown to the backend; choose from {', '.join(OPTIONS)}")
-        gm = self._tied(gm, example_inputs, {name: options[name] for name in TRANSFORM_OPTIONS if name in options})
-        return lower(gm, example_inputs, options.get("mode", mode), options.get("inductor", {}), run_passes, UUID)
+        weights = weights_of(gm, example_inputs)
+        tied, sites = self._tied(gm, weights, {name: options[name] for name in TRANSFORM_OPTIONS if name in options})
+        run = lower(tied, example_inputs, options.get("mode", mode), options.get("inductor", {}), run_passes, UUID)
+        return self._checked(run, weights, sites)
 
     def reset(self) -> None:
         """Called by torch.compiler.reset(): forgets every tie."""
         self.ledger.clear()
 
-    def _tied(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]) -> fx.GraphModule:
-        weights = weights_of(gm, example_inputs)
-        if not weights:
-            return gm
-        parameters = {name: parameter for name, (_, parameter) in weights.items()}
-        sites, absent = self.ledger.sites(parameters)
+    def _tied(
+        self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], options: Mapping[str, Any]
+    ) -> tuple[fx.GraphModule, list[Site]]:
+        """The graph with every tie that holds in it, and these ties."""
+        parameters = {name: weight.parameter for name, weight in weights.items()}
+        held, absent = self.ledger.sites(parameters)
         new = self._new_sites(gm, weights, options)
         self.ledger.record(new, parameters)
-        self._report(gm, parameters, [*sites, *new], new)
-        if not sites and not new:
-            return gm
+        sites = [*held, *new]
+        self._report(gm, sum(parameter.dim() > 1 for parameter in parameters.values()), sites, new)
+        if not sites:
+            return gm, []
         tied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         tied.meta = gm.meta
         placeholders = {node.name: node for node in tied.graph.find_nodes(op="placeholder")}
-        nodes = {name: placeholders[node.name] for name, (node, _) in weights.items()}
+        nodes = {name: placeholders[weight.node.name] for name, weight in weights.items()}
         for name, source in absent.items():
             tied.register_parameter(name, source)
             with tied.graph.inserting_before(next(node for node in tied.graph.nodes if node.op != "placeholder")):
                 nodes[name] = tied.graph.get_attr(name)
             nodes[name].meta["example_value"] = fake_like(gm, source)
         shapes = {name: tuple(parameter.shape) for name, parameter in (parameters | absent).items()}
-        rewrite_graph(tied, plan_of([*sites, *new], shapes), nodes)
-        return tied
+        rewrite_graph(tied, plan_of(sites, shapes), nodes)
+        return tied, sites
 
-    def _new_sites(self, gm: fx.GraphModule, weights: Mapping[str, tuple[fx.Node, nn.Parameter]], options: Mapping[str, Any]) -> list[Site]:
+    def _new_sites(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], options: Mapping[str, Any]) -> list[Site]:
         """Sites of weights that no graph has read before."""
-        undecided = {name for name, (_, parameter) in weights.items() if not self.ledger.is_decided(parameter)}
+        undecided = {name for name, weight in weights.items() if not self.ledger.is_decided(weight.parameter)}
         if not undecided:
             return []
-        names = {node.name: name for name, (node, _) in weights.items()}
+        names = {weight.node.name: name for name, weight in weights.items()}
         try:
             captured = capture(gm)
             captured = replace(captured, weights={node: names.get(node.name, node.name) for node in captured.weights})
@@ -102,20 +107,43 @@ class Backend:
             return []
         for miss in plan.misses:
             log.info("not tied: %s (%s): %s", miss.name, miss.kind, miss.reason)
-        free = {name for name, (_, parameter) in weights.items() if not self.ledger.is_target(parameter)}
+        free = {name for name, weight in weights.items() if not self.ledger.is_target(weight.parameter)}
         sites = [replace(site, ties=tuple(t for t in site.ties if t.target in undecided and t.source in free)) for site in plan.sites]
         return [site for site in sites if site.ties]
 
-    def _report(self, gm: fx.GraphModule, parameters: Mapping[str, nn.Parameter], sites: Sequence[Site], new: Sequence[Site]) -> None:
+    def _checked(self, run: Callable[..., Any], weights: Mapping[str, GraphWeight], sites: Sequence[Site]) -> Callable[..., Any]:
+        """Dynamo runs one graph for all models of the same code: its ties are recorded for the weights of each, or it must not run."""
+        ledger = self.ledger
+        ties = [tie for site in sites for tie in site.ties]
+        targets = {weights[tie.target].place for tie in ties}
+        dense = [weight.place for weight in weights.values() if weight.place not in targets]
+        inside = all(tie.source in weights for tie in ties)
+        own = {place: id(weight.parameter) for weight in weights.values() if (place := weight.place) in targets}
+
+        @functools.wraps(run)
+        def checked(*args: Any) -> Any:
+            if targets and inside and not any(ledger.is_decided(args[place]) for place in targets):
+                ledger.record(sites, {name: args[weight.place] for name, weight in weights.items()})
+            fits = all(ledger.is_target(args[place]) for place in targets) if inside else all(id(args[p]) == i for p, i in own.items())
+            if not fits or any(ledger.is_target(args[place]) for place in dense):
+                raise PeFxError(
+                    "Dynamo runs this graph with the weights of another model, whose ties were decided otherwise: "
+                    "call torch.compiler.reset(), and compile both models as a whole"
+                )
+            return run(*args)
+
+        return checked
+
+    def _report(self, gm: fx.GraphModule, matrices: int, sites: Sequence[Site], new: Sequence[Site]) -> None:
         reason = graph_break(gm)
         if reason:
             log.warning("a graph break cuts the model, and no weight before it is tied to one behind it: %s", reason)
         if new:
             log.info("%d sites tied in the compiled graphs alone; pe_fx.commit(model) ties the model itself", len(new))
-        elif not sites and not self.ledger.warned and not any(issubclass(cls, Tied) for cls in classes_in(gm)):
+        elif matrices > 1 and not sites and not reason and not self.ledger.warned and not any(issubclass(cls, Tied) for cls in classes_in(gm)):
             self.ledger.warned = True
             warnings.warn(
-                f"nothing in this graph of {len(parameters)} parameters can be tied; it is compiled as by Inductor. "
+                f"none of the {matrices} matrices in this graph can be tied; it is compiled as by Inductor. "
                 "print(pe_fx.plan(model).explain()) says why",
                 NoSitesWarning,
                 stacklevel=2,

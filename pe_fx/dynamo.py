@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +15,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 GraphPass = Callable[[fx.Graph], None]
 
 
-def weights_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, tuple[fx.Node, nn.Parameter]]:
+@dataclass(frozen=True)
+class GraphWeight:
+    """A parameter, the placeholder that stands for it, and its place among the graph's arguments."""
+
+    parameter: nn.Parameter
+    node: fx.Node
+    place: int
+
+
+def weights_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, GraphWeight]:
     """The graph's parameters by the names that the compiled module gives them.
 
     Empty where Dynamo passes stand-ins instead of the parameters, as it does to the buckets that it cuts a DDP module into.
     """
-    found: dict[str, tuple[fx.Node, nn.Parameter]] = {}
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+    found: dict[str, GraphWeight] = {}
+    for place, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)):
         if isinstance(value, nn.Parameter) and not isinstance(value, FakeTensor):
             name = _fqn(node)
-            found[node.name if name in found else name] = (node, value)
+            found[node.name if name in found else name] = GraphWeight(value, node, place)
     return found
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from pe_fx.api import apply, plan_of
 from pe_fx.errors import PeFxError
@@ -41,22 +41,25 @@ class Ledger:
         self.clear()
 
     def clear(self) -> None:
-        self._held: MutableMapping[nn.Parameter, list[Held]] = WeakTensorKeyDictionary()
-        self.warned = False
+        self._held: dict[int, list[Held]] = {}
+        self.warned = False  # whether there is no need to say that nothing was tied
 
     def record(self, sites: Sequence[Site], weights: Mapping[str, nn.Parameter]) -> None:
         """Decides all these weights: they are tied by `sites`, or not."""
         for weight in weights.values():
-            self._held.setdefault(weight, [])
+            if id(weight) not in self._held:
+                self._held[id(weight)] = []
+                weakref.finalize(weight, self._held.pop, id(weight), None)
+        self.warned |= bool(sites)
         for site in sites:
             for tie in site.ties:
-                self._held[weights[tie.target]].append(Held(site, tie, weights[tie.source]))
+                self._held[id(weights[tie.target])].append(Held(site, tie, weights[tie.source]))
 
     def is_decided(self, weight: nn.Parameter) -> bool:
-        return weight in self._held
+        return id(weight) in self._held
 
     def is_target(self, weight: nn.Parameter) -> bool:
-        return bool(self._held.get(weight))
+        return bool(self._held.get(id(weight)))
 
     def sites(self, weights: Mapping[str, nn.Parameter]) -> tuple[list[Site], dict[str, nn.Parameter]]:
         """The sites that concern these weights, by the names given; and the sources that are not among them, by new names."""
@@ -66,7 +69,7 @@ class Ledger:
         for target, weight in weights.items():
             if names[id(weight)] != target:
                 continue
-            for held in self._held.get(weight, []):
+            for held in self._held.get(id(weight), []):
                 if id(held.source) not in names:
                     names[id(held.source)] = f"pe_fx_source_{len(absent)}"
                     absent[names[id(held.source)]] = held.source
