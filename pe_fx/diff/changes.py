@@ -35,7 +35,8 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ from torch import nn
 from pe_fx.api import apply, plan
 from pe_fx.capture import ExampleInputs, capture
 from pe_fx.diff.align import align
-from pe_fx.diff.graph import Graph, Node, Operand
+from pe_fx.diff.graph import Graph, Node, Operand, path_to
 from pe_fx.ties import Miss, Plan, Shape, Site
 
 SCHEMA_VERSION = 1
@@ -340,9 +341,8 @@ def _site_of(nodes: list[Node], owner: dict[str, Site], treated: dict[str, Site]
         for name in node.names:
             if name in owner:
                 return owner[name]
-        atoms = node.module.split(".")
-        for depth in range(len(atoms), 0, -1):
-            if (path := ".".join(atoms[:depth])) in treated:
+        for path in path_to(node.module):
+            if path in treated:
                 return treated[path]
     return None
 
@@ -355,23 +355,35 @@ def _treated_modules(site: Site) -> tuple[str, ...]:
 
 def _rest(comparison: _Comparison) -> Iterator[Change]:
     """What no site explains, by module."""
+    gone = _whole_modules(comparison.before, {edit.before for edit in comparison.edits if edit.kind == "removed"})
+    new = _whole_modules(comparison.after, {edit.after for edit in comparison.edits if edit.kind == "added"})
     edits: dict[str, list[Edit]] = {}
     for edit in comparison.edits:
-        edits.setdefault(comparison.nodes_of(edit)[0].module, []).append(edit)
+        module = comparison.nodes_of(edit)[0].module
+        whole = {"removed": gone, "added": new}.get(edit.kind, set())
+        edits.setdefault(next((path for path in path_to(module) if path in whole), module), []).append(edit)
     weights: dict[str, list[WeightChange]] = {}
     for name, weight in comparison.weights.items():
-        readers = [
-            graph.nodes[id].module
-            for graph in (comparison.before, comparison.after)
-            for id in graph.readers.get(name, ())
-            if graph.nodes[id].module in edits
-        ]
-        weights.setdefault(readers[0] if readers else name.rpartition(".")[0], []).append(weight)
+        owner = name.rpartition(".")[0]
+        readers = [graph.nodes[id].module for graph in (comparison.before, comparison.after) for id in graph.readers.get(name, ())]
+        place = next((path for module in (owner, *readers) for path in path_to(module) if path in edits), owner)
+        weights.setdefault(place, []).append(weight)
     for module in dict.fromkeys((*edits, *weights)):
         own, changed = edits.get(module, []), weights.get(module, [])
         kinds = {edit.kind for edit in own} | {weight.kind for weight in changed}
         kind = kinds.pop() if len(kinds) == 1 else "changed"
         yield Change(kind, module, tuple(own), tuple(_with_view(comparison, weight) for weight in changed))
+
+
+def _whole_modules(graph: Graph, ids: Collection[str | None]) -> set[str]:
+    """The modules all of whose nodes are among `ids`."""
+    counts: Counter[str] = Counter()
+    among: Counter[str] = Counter()
+    for node in graph.nodes.values():
+        counts.update(path_to(node.module))
+        if node.id in ids:
+            among.update(path_to(node.module))
+    return {module for module, count in among.items() if count == counts[module]}
 
 
 def _with_view(comparison: _Comparison, weight: WeightChange) -> WeightChange:

@@ -96,9 +96,8 @@ class Graph:
         parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         modules = {path: _class_name(module) for path, module in model.named_modules()}
         for node in nodes.values():  # an exported program's tree may lack what the graph remembers
-            atoms = node.module.split(".")
-            for depth in range(1, len(atoms) + 1):
-                modules.setdefault(".".join(atoms[:depth]), "")
+            for path in path_to(node.module):
+                modules.setdefault(path, "")
         return cls(nodes, modules, parameters or captured.shapes(), name or type(model).__name__)
 
     @functools.cached_property
@@ -122,6 +121,16 @@ class Graph:
     @functools.cached_property
     def numel(self) -> int:
         return sum(map(math.prod, self.parameters.values()))
+
+
+def path_to(module: str) -> list[str]:
+    """The module and those around it but the root, outermost first; the root alone for itself.
+
+    >>> path_to("blocks.0.attn")
+    ['blocks', 'blocks.0', 'blocks.0.attn']
+    """
+    atoms = module.split(".")
+    return [".".join(atoms[: depth + 1]) for depth in range(len(atoms))]
 
 
 class _Reader:
