@@ -172,7 +172,7 @@ def _imported(module: str, hint: str) -> Any:
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> PeFxError:
     nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return PeFxError(f"{what} has no {name!r}" + (f"; did you mean {', '.join(nearest)}?" if nearest else ""))
+    return PeFxError(f"{what} knows no {name!r}" + (f"; did you mean {', '.join(nearest)}?" if nearest else ""))
 
 
 def _callable(source: str, name: str) -> Callable[..., Any]:
@@ -209,7 +209,7 @@ def _from_package(name: str) -> Any:
         except (ModuleNotFoundError, ValueError):
             exists = False
         if not exists:
-            raise _unknown("Python", name, (*_LIBRARIES, *sys.modules))
+            raise _unknown("Python", name, _LIBRARIES)
         with _user_code(name):
             return importlib.import_module(name)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pe_fx.diff.changes import Change, Diff, Edit, WeightChange
+from pe_fx.diff.changes import Change, Diff, WeightChange
 from pe_fx.diff.graph import Graph, Node, Operand, path_to
 from pe_fx.ties import Shape
 
@@ -182,26 +182,29 @@ class _Tree:
         for edit in change.edits:
             before = self.diff.before.nodes.get(edit.before or "")
             after = self.diff.after.nodes.get(edit.after or "")
-            read = {name for node in (before, after) if node for name in node.names}
-            if concerned.isdisjoint(read) or set(edit.what) - {"weights"}:
-                yield Row(depth, _described(before, edit, change, self.diff.before), _described(after, edit, change, self.diff.after))
+            what = set(edit.what)
+            if not concerned.isdisjoint(name for node in (before, after) if node for name in node.names):
+                what.discard("weights")
+                if not what:
+                    continue
+            is_new = edit.kind != "changed"
+            sides = ((before, self.diff.before), (after, self.diff.after))
+            yield Row(depth, *(node and _described(node, {"shape"} if is_new else what, change.module, graph) for node, graph in sides))
 
 
-def _described(node: Node | None, edit: Edit, change: Change, graph: Graph) -> str | None:
-    """A node with what is new about it; with its shape where the whole node is new."""
-    if node is None:
-        return None
-    where = _within(node.module, change.module) if node.module != change.module else ""
+def _described(node: Node, what: set[str], module: str, graph: Graph) -> str:
+    """A node with what is to be told of it."""
+    where = _within(node.module, module) if node.module != module else ""
     parts = [f"{node.op}  {where}".rstrip()]
-    if edit.kind != "changed" or "shape" in edit.what:
+    if "shape" in what:
         parts.append(shaped(node.shape))
-    if "dtype" in edit.what:
+    if "dtype" in what:
         parts.append(node.dtype)
-    if "settings" in edit.what:
+    if "settings" in what:
         parts.append(f"({node.settings})")
-    if "weights" in edit.what:
-        parts.append(", ".join(_operand(operand, change.module) for operand in node.operands) or "no weights")
-    if "inputs" in edit.what:
+    if "weights" in what:
+        parts.append(", ".join(_operand(operand, module) for operand in node.operands) or "no weights")
+    if "inputs" in what:
         parts.append(f"of {', '.join(_source(graph.nodes[id]) for id in node.inputs)}")
     return " ".join(parts)
 
