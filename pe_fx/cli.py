@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -168,7 +169,7 @@ def transform_command(
     pe-fx transform timm:resnet50 --plan plan.json --init mean -o tied.safetensors
     """
     options = plan_options(rules, share, entry, include, exclude)
-    with progress() as say:
+    with whole_file(output) as draft, progress() as say:
         save = _safetensors().save_model
         read = read_plan(plan)
         say(f"building {spec}")
@@ -177,13 +178,12 @@ def transform_command(
             say(f"reading {checkpoint}")
             load_checkpoint(loaded.model, checkpoint)
         say("planning")
-        made = read or pe_fx.plan(loaded.model, loaded.example_inputs, **options)
+        made = pe_fx.plan(loaded.model, loaded.example_inputs, **options) if read is None else read
         tied = pe_fx.apply(loaded.model, made, init=init)
         if not made.sites:
             print("pe-fx: warning: nothing could be tied; pe-fx plan --misses says why", file=sys.stderr)
         say(f"writing {output}")
-        with whole_file(output) as draft:
-            save(tied, str(draft), metadata={"format": "pt", "pe_fx_plan": made.to_json(), "pe_fx_spec": spec})
+        save(tied, str(draft), metadata={"format": "pt", "pe_fx_plan": made.to_json(), "pe_fx_spec": spec})
     print(f"{output}: {len(made.sites)} sites, {made.params_before:,} → {made.params_after:,} parameters", file=sys.stderr)
 
 
@@ -332,9 +332,13 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             raise PeFxError(f"{path} is no checkpoint of weights alone: {type(error).__name__}") from error
         weights = next((weights[key] for key in ("state_dict", "model") if isinstance(weights, dict) and key in weights), weights)
     try:
-        model.load_state_dict(weights)
+        result = model.load_state_dict(weights, strict=False)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise PeFxError(f"{path} does not fit the model: {error}") from error
+        raise PeFxError(f"{path} does not fit the model: {textwrap.shorten(str(error), 300)}") from error
+    for names, what in ((result.missing_keys, "lacks"), (result.unexpected_keys, "has what the model has not:")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise PeFxError(f"{path} does not fit the model: it {what} {', '.join(names[:3])}{more}")
 
 
 def _safetensors() -> Any:

@@ -23,6 +23,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises `OSError` where the folder cannot be written to.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}")
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     draft = Path(name)

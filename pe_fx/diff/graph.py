@@ -18,6 +18,7 @@ from pe_fx.ops import KINDS, Kind, base_name
 from pe_fx.tied import Tied, stored
 from pe_fx.ties import Shape
 
+_MODES = ("train", "training", "cudnn_enabled")
 _IDENTITIES = ("contiguous", "clone", "alias", "detach", "lift_fresh")
 
 
@@ -210,8 +211,9 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _settings(node: fx.Node) -> str:
-    """The arguments that are no values."""
-    return ", ".join(f"{name}={_text(value)}" for name, value in _arguments(node).items() if not _is_value(value))
+    """The arguments that are no values. The mode is none of the model's: capture takes the one in which it can be captured."""
+    given = ((name, value) for name, value in _arguments(node).items() if name not in _MODES and not _is_value(value))
+    return ", ".join(f"{name}={_text(value)}" for name, value in given)
 
 
 def _is_value(argument: Any) -> bool:

@@ -115,9 +115,9 @@ def _lines(mark: str, depth: int, content: str | None, width: int, style: str, n
     """The line, wrapped under its own beginning, its note at the right edge or, where there is no room, below."""
     if content is None:
         return []
-    first, under = (f"{mark} {'  ' * steps}" for steps in (depth, depth + 2))
-    room = max(width, len(under) + 20)
-    wrapped = textwrap.wrap(first + content, room, subsequent_indent=under, break_long_words=False, break_on_hyphens=False)
+    deepest = max(width // 2 - 10, 0)  # what is narrow is indented less
+    first, under = (f"{mark} {'  ' * min(steps, deepest)}" for steps in (depth, depth + 2))
+    wrapped = textwrap.wrap(first + content, width, subsequent_indent=under, break_on_hyphens=False)
     lines = [Text(line, style) for line in wrapped]
     if note:
         if lines[-1].cell_len + 2 + len(note) > width:

@@ -79,7 +79,19 @@ class _Tree:
         for path in diff.before.modules | diff.after.modules:
             if path in present and path:
                 self.children.setdefault(path.rpartition(".")[0], []).append(path)
+        self.touched = set(self._touched())
         self.home = {weight.name: change.module for change in diff.changes for weight in change.weights}
+
+    def _touched(self) -> Iterator[str]:
+        """The modules that hold a change, and those around them."""
+        for change in self.diff.changes:
+            yield from path_to(change.module)
+            for weight in change.weights:
+                yield from path_to(weight.name)
+            for edit in change.edits:
+                for graph, id in ((self.diff.before, edit.before), (self.diff.after, edit.after)):
+                    if id is not None:
+                        yield from path_to(graph.nodes[id].module)
 
     def branch(self, branch: Branch, depth: int) -> Iterator[Row]:
         for change in branch.changes:
@@ -111,7 +123,8 @@ class _Tree:
     def order(self, branch: Branch) -> list[str]:
         """The modules inside, in the model's order, with those that only changes name at the end."""
         known = self.children.get(branch.path, [])
-        return [*known, *(path for path in branch.children if path not in known)]
+        shown = [path for path in known if path in branch.children or path not in self.touched]
+        return [*shown, *(path for path in branch.children if path not in known)]
 
     def same(self, previous: list[Row], inner: list[Row]) -> bool:
         """Whether two blocks changed alike, whatever their own names."""
@@ -187,13 +200,15 @@ class _Tree:
                 what.discard("weights")
                 if not what:
                     continue
-            is_new = edit.kind != "changed"
-            sides = ((before, self.diff.before), (after, self.diff.after))
-            yield Row(depth, *(node and _described(node, {"shape"} if is_new else what, change.module, graph) for node, graph in sides))
+            told = what if edit.kind == "changed" else {"shape"}
+            old, new = _described(before, told, change.module, self.diff.before), _described(after, told, change.module, self.diff.after)
+            yield Row(depth, old, new)
 
 
-def _described(node: Node, what: set[str], module: str, graph: Graph) -> str:
+def _described(node: Node | None, what: set[str], module: str, graph: Graph) -> str | None:
     """A node with what is to be told of it."""
+    if node is None:
+        return None
     where = _within(node.module, module) if node.module != module else ""
     parts = [f"{node.op}  {where}".rstrip()]
     if "shape" in what:
