@@ -11,7 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pe_fx.ties import Plan, Site
+from pe_fx.diff.tree import within
+from pe_fx.ties import Plan, Site, to_ranges
+
+_NUMBER = re.compile(r"\d+(?=\D*$)")
 
 SHOWN = 8
 """Near misses that are shown without being asked for."""
@@ -48,12 +51,12 @@ def stage_of(module: str) -> str:
 
 
 def _sites(plan: Plan) -> Table:
-    """Sites that differ in nothing but numbers are one line."""
+    """Sites of one stack that are tied alike are one line."""
     table = _table(("site", "left"), ("kind", "left"), ("ties", "left"), ("saved", "right"))
-    for sites in _groups(plan.sites, _without_numbers).values():
+    for sites in _groups(plan.sites, _form).values():
         first = sites[0]
         kind = f"{first.kind} ({first.entry.treatment})" if first.entry else first.kind
-        ties = "\n".join(str(tie).replace(f"{first.name}.", "") if first.name else str(tie) for tie in first.ties)
+        ties = "\n".join(within(str(tie), first.name) for tie in first.ties)
         times = f"{len(sites)} × " if len(sites) > 1 else ""
         table.add_row(_span([site.name for site in sites]) or ".", kind, ties, f"{times}{first.saved:,}")
     return table
@@ -81,17 +84,20 @@ def _groups(sites: Iterable[Site], key: Callable[[Site], Hashable]) -> dict[Hash
     return groups
 
 
-def _without_numbers(site: Site) -> Hashable:
-    """What blocks of one kind have in common."""
-    names = (site.name, *(tie.target for tie in site.ties), *(tie.source for tie in site.ties))
-    blocks = tuple((tie.into.ranges, tie.of.ranges, tie.transposed) for tie in site.ties)
-    return site.kind, tuple(re.sub(r"\d+", "*", name) for name in names), blocks, site.saved, site.entry is None
+def _form(site: Site) -> Hashable:
+    """What a site is, whatever its number in the stack."""
+    ties = tuple(within(str(tie), site.name) for tie in site.ties)
+    return site.kind, _NUMBER.sub("*", site.name), ties, site.saved, site.entry is None
 
 
 def _span(names: Sequence[str]) -> str:
     """
-    >>> _span(["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"])
-    'blocks.{0…2}.attn'
+    >>> _span(["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]), _span(["blocks.1", "blocks.3"])
+    ('blocks.{0…2}.attn', 'blocks.{1,3}')
     """
-    atoms = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join(values[0] if len(set(values)) == 1 else f"{{{values[0]}…{values[-1]}}}" for values in atoms)
+    numbers = [int(match[0]) for name in names if (match := _NUMBER.search(name))]
+    if len(numbers) < 2:
+        return names[0]
+    runs = to_ranges(numbers)
+    spans = ",".join(str(start) if stop == start + 1 else f"{start}…{stop - 1}" for start, stop in runs)
+    return _NUMBER.sub(f"{{{spans}}}", names[0])

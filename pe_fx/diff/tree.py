@@ -171,13 +171,13 @@ class _Tree:
 
     def weights(self, change: Change, depth: int) -> Iterator[Row]:
         for weight in change.weights:
-            name = _within(weight.name, change.module)
+            name = within(weight.name, change.module)
             op = self.reader(weight)
             start = f"{op}  {name}" if op else name
             before = None if weight.before is None else f"{start} {shaped(weight.before)}"
             after = None if weight.after is None else f"{start} {shaped(weight.after)}"
             if weight.view:
-                views = _within(weight.view, change.module)
+                views = within(weight.view, change.module)
                 after = f"{start} ← {views}" if weight.after is None else f"{after}, {views}"
             yield Row(depth, before, after)
 
@@ -209,7 +209,7 @@ def _described(node: Node | None, what: set[str], module: str, graph: Graph) -> 
     """A node with what is to be told of it."""
     if node is None:
         return None
-    where = _within(node.module, module) if node.module != module else ""
+    where = within(node.module, module) if node.module != module else ""
     parts = [f"{node.op}  {where}".rstrip()]
     if "shape" in what:
         parts.append(shaped(node.shape))
@@ -225,7 +225,7 @@ def _described(node: Node | None, what: set[str], module: str, graph: Graph) -> 
 
 
 def _operand(operand: Operand, module: str) -> str:
-    return f"{_within(str(operand), module)} {shaped(operand.shape)}"
+    return f"{within(str(operand), module)} {shaped(operand.shape)}"
 
 
 def _source(node: Node) -> str:
@@ -240,10 +240,10 @@ def shaped(shape: Shape) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
-def _within(text: str, module: str) -> str:
+def within(text: str, module: str) -> str:
     """Parameter names as they are called inside the module.
 
-    >>> _within("0.fc1.weightᵀ; 10.fc1.weight", "0")
+    >>> within("0.fc1.weightᵀ; 10.fc1.weight", "0")
     'fc1.weightᵀ; 10.fc1.weight'
     """
     return re.sub(rf"(?<![\w.]){re.escape(module)}\.", "", text) if module else text
