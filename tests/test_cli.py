@@ -275,6 +275,11 @@ def test_a_closed_pipe() -> None:
     assert (result.returncode, result.stderr) == (141, "")
 
 
+def test_a_terminal_without_these_characters() -> None:
+    result = subprocess.run(command("diff", "net.py:Net"), capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert b"linear  2.weight ? 0.weight?" in result.stdout
+
+
 def test_interrupted(folder: Path) -> None:
     arguments = command("transform", "net.py:slow", "-o", "tied.safetensors")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 
@@ -27,12 +28,16 @@ def align(before: Graph, after: Graph) -> dict[str, str]:
     """
     alignment = _Alignment(before, after)
     for key in (_exact, _named, _placed):
-        alignment.pair_by(lambda graph, nodes, key=key: {node.id: key(node) for node in nodes})  # type: ignore[misc]
+        alignment.pair_by(functools.partial(_keys, key))
     alignment.spread(alignment.pairs)
     for radius in RADII:
         if not alignment.is_complete:
-            alignment.spread(alignment.pair_by(lambda graph, nodes, radius=radius: _neighbourhoods(graph, nodes, radius)))  # type: ignore[misc]
+            alignment.spread(alignment.pair_by(functools.partial(_neighbourhoods, radius)))
     return {id: alignment.pairs[id] for id in before.nodes if id in alignment.pairs}
+
+
+def _keys(key: Callable[[Node], Hashable], graph: Graph, nodes: list[Node]) -> dict[str, Hashable]:
+    return {node.id: key(node) for node in nodes}
 
 
 def _exact(node: Node) -> Hashable:
@@ -52,7 +57,7 @@ def _form(node: Node) -> Hashable:
     return node.op, node.shape, tuple((operand.view, operand.shape) for operand in node.operands)
 
 
-def _neighbourhoods(graph: Graph, nodes: list[Node], radius: int) -> dict[str, Hashable]:
+def _neighbourhoods(radius: int, graph: Graph, nodes: list[Node]) -> dict[str, Hashable]:
     """Weisfeiler-Lehman hashes: equal where the operations up to `radius` steps around two nodes are."""
     near: nx.Graph[str] = nx.Graph()
     frontier = {node.id for node in nodes}

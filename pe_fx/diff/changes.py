@@ -229,14 +229,17 @@ class _Comparison:
         self.weights = {weight.name: weight for weight in self._weights()}
 
     def _renamed_parameters(self) -> dict[str, str]:
-        """Parameters of `before` whose node in `after` reads one of another name in their place."""
+        """Parameters of `before` whose node in `after` reads one of another name in their place, each a different one."""
         renamed: dict[str, str] = {}
+        taken: set[str] = set()
         for id, other in self.pairs.items():
             for mine, theirs in zip(self.before.nodes[id].operands, self.after.nodes[other].operands, strict=False):
                 if (mine.view, mine.shape) == (theirs.view, theirs.shape):
                     for old, new in zip(mine.names, theirs.names, strict=True):
-                        if old not in self.after.parameters and new not in self.before.parameters:
-                            renamed.setdefault(old, new)
+                        known = old in self.after.parameters or new in self.before.parameters
+                        if not known and old not in renamed and new not in taken:
+                            renamed[old] = new
+                            taken.add(new)
         return renamed
 
     def _edits(self) -> Iterator[Edit]:
@@ -387,13 +390,14 @@ def _whole_modules(graph: Graph, ids: Collection[str | None]) -> set[str]:
 
 
 def _with_view(comparison: _Comparison, weight: WeightChange) -> WeightChange:
-    """A weight that went, and that its node now reads as a view of others."""
+    """A weight that went, with what its node reads in its place: another, or a view of others."""
     for id in comparison.before.readers.get(weight.name, ()):
         other = comparison.pairs.get(id)
         if other is None:
             continue
         mine = [operand for operand in comparison.before.nodes[id].operands if weight.name in operand.names]
-        theirs = [operand for operand in comparison.after.nodes[other].operands if operand.shape == mine[0].shape and not operand.is_whole]
+        new = (operand for operand in comparison.after.nodes[other].operands if operand not in comparison.before.nodes[id].operands)
+        theirs = [operand for operand in new if operand.shape == mine[0].shape]
         if theirs and weight.after != weight.before:
             return dataclasses.replace(weight, view=str(theirs[0]))
     return weight
