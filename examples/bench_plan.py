@@ -17,7 +17,7 @@ import timm
 from torch import nn
 from tqdm import tqdm
 
-from pe_fx.api import plan_captured
+import pe_fx
 from pe_fx.capture import Captured, capture
 from pe_fx.ties import table
 
@@ -44,7 +44,7 @@ def seconds(function: Callable[[], object]) -> float:
 def function_calls(model: nn.Module, captured: Captured) -> int:
     """Work that no other load on the machine disturbs."""
     profile = cProfile.Profile()
-    profile.runcall(plan_captured, model, captured)
+    profile.runcall(pe_fx.plan, model, captured)
     return sum(entry.callcount for entry in profile.getstats())
 
 
@@ -55,13 +55,13 @@ def main() -> None:
     models = {name: build() for name, build in MODELS.items()}
     graphs = {name: capture(model) for name, model in models.items()}
     for name, graph in graphs.items():
-        plan_captured(models[name], graph)
+        pe_fx.plan(models[name], graph)
     captures: dict[str, list[float]] = {name: [] for name in models}
     matches: dict[str, list[float]] = {name: [] for name in models}
     for _ in tqdm(range(options.repeats), desc="rounds"):
         for name, model in models.items():
             captures[name].append(seconds(lambda model=model: capture(model)))  # type: ignore[misc]
-            matches[name].append(seconds(lambda name=name, model=model: plan_captured(model, graphs[name])))  # type: ignore[misc]
+            matches[name].append(seconds(lambda name=name, model=model: pe_fx.plan(model, graphs[name])))  # type: ignore[misc]
     rows = [
         (name, f"{len(graphs[name].graph.nodes):,}", f"{100 * statistics.median(matches[name]) / statistics.median(captures[name]):.1f} %")
         for name in models

@@ -44,7 +44,6 @@ from tqdm import tqdm
 from zoo import Built, Entry
 
 import pe_fx
-from pe_fx.api import plan_captured
 from pe_fx.capture import capture
 from pe_fx.ties import Plan
 
@@ -106,7 +105,7 @@ def planned(entry: Entry, row: Row, stage: list[str]) -> tuple[Built, Plan]:
             continue
         stage[0] = "plan"
         middle = time.perf_counter()
-        plan = plan_captured(built.model, captured)
+        plan = pe_fx.plan(built.model, captured)
         end = time.perf_counter()
         row |= {"built": built.how, "inputs": ", ".join(built.inputs) if isinstance(built.inputs, dict) else ""}
         row |= {"params": str(plan.params_before), "params_tied": str(plan.params_after), "nodes": str(len(captured.graph.nodes))}

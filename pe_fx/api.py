@@ -30,7 +30,7 @@ KINDS = tuple(rule.kind for rule in DEFAULT_RULES)
 
 def plan(
     model: nn.Module,
-    example_inputs: ExampleInputs | None = None,
+    example_inputs: ExampleInputs | Captured | None = None,
     *,
     rules: Sequence[str | Rule] = DEFAULT_RULES,
     share: Sequence[str] = ("bottleneck",),
@@ -45,35 +45,13 @@ def plan(
     >>> [str(tie) for tie in pe_fx.plan(model).ties]
     ['2.weight ← 0.weightᵀ']
 
-    Takes the options of `transform`. Raises `PeFxError` for wrong options and `CaptureError` where the model's graph cannot
-    be captured.
-    """
-    _checked_rules(rules)
-    _checked_options(share=share, entry=entry, include=include, exclude=exclude)
-    captured = capture(model, example_inputs)
-    return plan_captured(model, captured, rules=rules, share=share, entry=entry, include=include, exclude=exclude)
-
-
-def plan_captured(
-    model: nn.Module,
-    captured: Captured,
-    *,
-    rules: Sequence[str | Rule] = DEFAULT_RULES,
-    share: Sequence[str] = ("bottleneck",),
-    entry: str = "keep",
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-) -> Plan:
-    """`plan` for a graph that was captured before.
-
-    >>> from pe_fx.capture import capture
-    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
-    >>> len(plan_captured(model, capture(model)).sites)
-    1
+    Takes the options of `transform`; what `pe_fx.capture.capture` returned stands for the inputs where the graph is at hand.
+    Raises `PeFxError` for wrong options and `CaptureError` where the model's graph cannot be captured.
     """
     chosen = _checked_rules(rules)
     options = _checked_options(share=share, entry=entry, include=include, exclude=exclude)
-    captured = _canonical(captured, model)
+    captured = example_inputs if isinstance(example_inputs, Captured) else capture(model, example_inputs)
+    captured = canonical(captured, model)
     kinds = {rule.kind for rule in chosen}
 
     def wanted(found: Site | Miss) -> bool:
@@ -225,7 +203,7 @@ def _one_of(option: str, value: str, valid: Iterable[str]) -> None:
         raise PeFxError(f"{option}={value!r} is unknown; choose from {', '.join(map(repr, valid))}")
 
 
-def _canonical(captured: Captured, model: nn.Module) -> Captured:
+def canonical(captured: Captured, model: nn.Module) -> Captured:
     """Names each weight by its first name: a module registered twice has one name in the plan."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     every = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}

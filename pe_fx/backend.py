@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from pe_fx.api import plan_captured, plan_of
+from pe_fx.api import plan, plan_of
 from pe_fx.capture import capture
 from pe_fx.dynamo import GraphWeight, classes_in, fake_like, graph_break, lower, weights_of
 from pe_fx.errors import NoSitesWarning, PeFxError
@@ -99,16 +99,16 @@ class Backend:
         try:
             captured = capture(gm)
             captured = replace(captured, weights={node: names.get(node.name, node.name) for node in captured.weights})
-            plan = plan_captured(gm, captured, **options)
+            made = plan(gm, captured, **options)
         except PeFxError:
             raise
         except Exception:
             log.exception("matching failed: this graph is compiled without new ties")
             return []
-        for miss in plan.misses:
+        for miss in made.misses:
             log.info("not tied: %s (%s): %s", miss.name, miss.kind, miss.reason)
         free = {name for name, weight in weights.items() if not self.ledger.is_target(weight.parameter)}
-        sites = [replace(site, ties=tuple(t for t in site.ties if t.target in undecided and t.source in free)) for site in plan.sites]
+        sites = [replace(site, ties=tuple(t for t in site.ties if t.target in undecided and t.source in free)) for site in made.sites]
         return [site for site in sites if site.ties]
 
     def _checked(self, run: Callable[..., Any], weights: Mapping[str, GraphWeight], sites: Sequence[Site]) -> Callable[..., Any]:
@@ -140,7 +140,13 @@ class Backend:
             log.warning("a graph break cuts the model, and no weight before it is tied to one behind it: %s", reason)
         if new:
             log.info("%d sites tied in the compiled graphs alone; pe_fx.commit(model) ties the model itself", len(new))
-        elif matrices > 1 and not sites and not reason and not self.ledger.warned and not any(issubclass(cls, Tied) for cls in classes_in(gm)):
+        elif (
+            matrices > 1
+            and not sites
+            and not reason
+            and not self.ledger.warned
+            and not any(issubclass(cls, Tied) for cls in classes_in(gm))
+        ):
             self.ledger.warned = True
             warnings.warn(
                 f"none of the {matrices} matrices in this graph can be tied; it is compiled as by Inductor. "

@@ -245,6 +245,20 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
+def module_of(node: fx.Node) -> str | None:
+    """The path of the module whose forward made the node; None where that was not recorded.
+
+    >>> graph = capture(nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU()))).graph
+    >>> [module_of(node) for node in graph.nodes if node.op == "call_function"]
+    ['0', '1.0']
+    """
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return None
+    path: str = stack[-1][0]
+    return path.removeprefix("model").removeprefix(".") if stack[0][1] == _FLATTENED else path
+
+
 def _attribute(root: nn.Module, path: str) -> Any:
     value: Any = root
     for atom in path.split("."):
@@ -262,6 +276,9 @@ class _Flattened(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         return tensors_in(self.model(*args, **kwargs))
+
+
+_FLATTENED = f"{_Flattened.__module__}.{_Flattened.__qualname__}"
 
 
 def enumerate_tensors(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> list[tuple[str, Tensor]]:

@@ -57,20 +57,13 @@ class Flow:
 
     def _build(self, captured: Captured) -> None:
         static = Static(captured)
-        latest: dict[fx.Node, fx.Node] = {}
+        resolved = live_operands(captured.graph)
         output = next(iter(captured.graph.find_nodes(op="output")))
-        resolved: dict[fx.Node, list[fx.Node]] = {}
-        for node in captured.graph.nodes:
-            resolved[node] = _in_order(node, latest)
-            if node.op.startswith("call") and is_in_place(node) and isinstance(node.args[0], fx.Node):
-                _rename_written(node, latest)
-        live = _ancestors(output, resolved)
         reached = set(captured.inputs)
-        for node in captured.graph.nodes:
-            operands = resolved[node]
+        for node, operands in resolved.items():
             if not reached.isdisjoint(operands):
                 reached.add(node)
-            if node not in live or node is output or not self._is_value(node, operands, captured, reached):
+            if node is output or not self._is_value(node, operands, captured, reached):
                 continue
             op = self._op(node, operands, static)
             self.ops.append(op)
@@ -243,6 +236,23 @@ def source_along(op: Op, through: Collection[Kind]) -> Op | None:
     while source is not None and source.kind in through and len(set(source.inputs)) == 1:
         source = source.inputs[0]
     return source
+
+
+def live_operands(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Every node that the output depends on, in order, with the nodes that it reads, each as last written in place.
+
+    >>> graph = fx.symbolic_trace(lambda x: (x.add_(1), x.cos(), x)[2]).graph
+    >>> {node.name: [operand.name for operand in operands] for node, operands in live_operands(graph).items()}
+    {'x': [], 'add_': ['x'], 'output': ['add_']}
+    """
+    latest: dict[fx.Node, fx.Node] = {}
+    resolved: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        resolved[node] = _in_order(node, latest)
+        if node.op.startswith("call") and is_in_place(node) and isinstance(node.args[0], fx.Node):
+            _rename_written(node, latest)
+    live = _ancestors(next(iter(graph.find_nodes(op="output"))), resolved)
+    return {node: operands for node, operands in resolved.items() if node in live}
 
 
 def _in_order(node: fx.Node, latest: dict[fx.Node, fx.Node]) -> list[fx.Node]:

@@ -222,7 +222,7 @@ def test_every_graph_holds_the_first_ties(unlowered: list[str], monkeypatch: pyt
     run = compiled(model)
     run(X)
     before = pending(model)
-    monkeypatch.setattr(pe_fx.backend, "plan_captured", None)
+    monkeypatch.setattr(pe_fx.backend, "plan", None)
     model.eval()
     for x in (X, X[:3], X[:2]):
         y = run(x)

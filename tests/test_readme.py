@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+
+from typer.testing import CliRunner
+
+from pe_fx.cli import app
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -14,6 +19,13 @@ def test_snippets_run_in_order() -> None:
     namespace: dict[str, object] = {}
     for snippet in snippets:
         exec(compile(snippet, str(README), "exec"), namespace)
+
+
+def test_outputs_are_what_the_commands_print() -> None:
+    shown = re.findall(r"^```console\n\$ pe-fx ([^\n]*)\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(shown) > 2
+    for command, output in shown:
+        assert CliRunner().invoke(app, shlex.split(command)).stdout == output
 
 
 def test_documented_commands_are_marked_for_ci() -> None:

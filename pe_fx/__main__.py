@@ -1,0 +1,25 @@
+"""The command `pe-fx`."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+
+def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show "←" shows "?"
+    try:
+        from pe_fx.cli import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"pe-fx: error: the command line needs {error.name}: pip install 'pe_fx[cli]'")
+    except KeyboardInterrupt:  # while torch is imported
+        sys.exit(130)
+    app()
+
+
+if __name__ == "__main__":
+    main()
