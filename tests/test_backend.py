@@ -55,7 +55,7 @@ def compiled(model: nn.Module, **options: Any) -> Any:
 
 
 def train(model: Callable[..., Any], parameters: list[nn.Parameter], x: Any, steps: int) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, eps=1e-4)  # by less, rounding alone would decide where gradients vanish
     for _ in range(steps):
         optimizer.zero_grad()
         y = model(**x) if isinstance(x, dict) else model(x)
@@ -66,9 +66,10 @@ def train(model: Callable[..., Any], parameters: list[nn.Parameter], x: Any, ste
 
 def assert_agree(model: nn.Module, other: nn.Module, tolerance: float = 1e-4) -> None:
     """All parameters of `other` are, up to rounding, those of `model`."""
+    parameters = dict(model.named_parameters())
     for name, parameter in other.named_parameters():
-        expected = model.get_parameter(name)[: len(parameter)]
-        assert float((parameter - expected).norm() / expected.norm()) < tolerance, name
+        expected = parameters[name].detach()
+        assert float((parameter.detach() - expected).norm() / expected.norm()) < tolerance, name
 
 
 # ---- lowered by Inductor
@@ -90,14 +91,14 @@ def test_trains_as_the_tied_model(name: str) -> None:
     train(torch.compile(inductor), list(inductor.parameters()), x, 20)
     train(eager, list(eager.parameters()), x, 20)
     assert_agree(eager, inductor)
-    assert_agree(dense, eager)
     whole = {tie.target for tie in pending(dense).ties if tie.into.is_whole}
     assert whole
     for target, parameter in dense.named_parameters():
         assert (parameter not in optimizer.state) == (target in whole), target
-    expected = pe_fx.plan(tied.__class__ and build(), x)
+    expected = pe_fx.plan(build(), x)
     committed = pe_fx.commit(dense)
     assert sorted(map(str, committed.ties)) == sorted(map(str, expected.ties))
+    assert_agree(dense, eager)
     dense.eval()
     eager.eval()
     run = (lambda m: m(**x).logits) if isinstance(x, dict) else (lambda m: m(x))
@@ -192,7 +193,7 @@ def test_ties_are_those_of_transform_and_wait_for_commit(unlowered: list[str]) -
     held = pending(model)
     assert sorted(map(str, held.ties)) == sorted(map(str, plan.ties))
     assert held.params_after == plan.params_after
-    assert float((model(x) - y).abs().max()) > 1e-3, "the model itself is as it was"
+    assert float((model(x) - y).detach().abs().max()) > 1e-3, "the model itself is as it was"
     dense = copy.deepcopy(model)
     committed = pe_fx.commit(model)
     torch.testing.assert_close(model(x), y)
@@ -236,7 +237,8 @@ def test_a_weight_is_decided_by_the_first_graph_that_reads_it(unlowered: list[st
     """Seen alone first, fc2 stays dense even where a later graph holds the pair."""
     model = mlp()
     compiled(model[2])(torch.randn(2, 16))
-    compiled(model)(X)
+    with pytest.warns(NoSitesWarning):
+        compiled(model)(X)
     assert not pending(model).sites
 
 
