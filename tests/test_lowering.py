@@ -25,7 +25,8 @@ X = torch.randn(32, 64)
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.compiler.reset()
-    yield
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
     torch.compiler.reset()
 
 
@@ -45,7 +46,7 @@ class Recorder(CustomGraphPass):
 def compiled(model: nn.Module, x: Tensor, backend: str = "pe_fx", autocast: bool = True, **options: Any) -> tuple[fx.Graph, fx.Graph]:
     """Forward and backward graph of one training step."""
     recorder = Recorder()
-    inductor = {"post_grad_custom_post_pass": recorder, "force_disable_caches": True}
+    inductor = {"post_grad_custom_post_pass": recorder}
     run = torch.compile(model, backend=backend, options=inductor if backend == "inductor" else options | {"inductor": inductor})
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         y = run(x)
@@ -231,7 +232,7 @@ def test_a_pass_of_the_user_runs_too() -> None:
 
     compiled(pe_fx.transform(mlp(), X), X)
     torch.compiler.reset()
-    run = torch.compile(mlp(), backend="pe_fx", options={"inductor": {"joint_custom_pre_pass": Users(), "force_disable_caches": True}})
+    run = torch.compile(mlp(), backend="pe_fx", options={"inductor": {"joint_custom_pre_pass": Users()}})
     run(X).sum().backward()
     assert len(seen) == 1
 
