@@ -171,7 +171,7 @@ class Variant:
         return {"step_peak": peak, "kernels": kernels}
 
 
-def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: int) -> list[dict[str, str]]:
     subject = SUBJECTS[name]
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -192,7 +192,12 @@ def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: i
     first = variants[0]
     rows = []
     for variant, compiled in zip(variants, seconds, strict=True):
-        row: dict[str, Any] = {"model": name, "variant": variant.name, "batch": inputs.shape[0], "dtype": "bf16" if autocast else "fp32"}
+        row: dict[str, str] = {
+            "model": name,
+            "variant": variant.name,
+            "batch": str(inputs.shape[0]),
+            "dtype": "bf16" if autocast else "fp32",
+        }
         row["step"] = f"{statistics.median(a / b for a, b in zip(map(sum, variant.spans), map(sum, first.spans), strict=True)):.2f}"
         row |= {part: f"{variant.median(part) / first.median(part):.2f}" for part in PARTS}
         row["compile"] = f"{compiled / seconds[0]:.2f}"
@@ -216,14 +221,17 @@ def main() -> None:
     torch._inductor.config.force_disable_caches = True  # compile times are to be compared
     autocast = options.dtype == "bf16" or (options.dtype is None and options.device == "cuda")
     machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    rows = [row for name in options.models for row in measure(name, options.device, options.batch, autocast, options.rounds)]
-    print(f"torch {torch.__version__}, {machine}; times are ratios to the first variant, in medians of {options.rounds} rounds in turns\n")
-    print(table(list(rows[0]), [list(row.values()) for row in rows]))
-    if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    print(f"torch {torch.__version__}, {machine}; times are ratios to the first variant, in medians of {options.rounds} rounds in turns")
+    done: list[dict[str, str]] = []
+    for name in options.models:
+        rows = measure(name, options.device, options.batch, autocast, options.rounds)
+        print("\n" + table(list(rows[0]), [list(row.values()) for row in rows]), flush=True)
+        done += rows
+        if options.csv:
+            with options.csv.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(done)
 
 
 if __name__ == "__main__":
