@@ -7,6 +7,8 @@ import dataclasses
 import json
 import random
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -562,3 +564,22 @@ def test_explain() -> None:
 def test_public_names() -> None:
     assert all(hasattr(pe_fx, name) for name in pe_fx.__all__)
     assert {"plan", "transform", "apply", "untie", "verify", "Plan", "PeFxError", "CaptureError", "NoSitesWarning"} <= set(pe_fx.__all__)
+
+
+# ---- cost
+
+
+def test_planning_makes_no_second_copy_of_the_weights() -> None:
+    code = """
+import resource, torch, pe_fx
+from torch import nn
+block = lambda width: nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+pe_fx.plan(block(8))
+model = nn.Sequential(*(block(2048) for _ in range(3)))
+before = peak()
+assert len(pe_fx.plan(model).sites) == 3
+print((peak() - before) / sum(p.nbytes for p in model.parameters()))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 0.2
