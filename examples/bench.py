@@ -154,7 +154,7 @@ class Variant:
         gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         self.optimizer.zero_grad(set_to_none=True)
         state = sum(value.nbytes for held in self.optimizer.state.values() for value in held.values() if isinstance(value, Tensor))
-        return {"parameters": sum(p.nbytes for p in self.model.parameters()), "gradients": gradients, "optimizer": state}
+        return {"weights": sum(p.nbytes for p in self.model.parameters()), "gradients": gradients, "state": state}
 
     def on_gpu(self) -> dict[str, float]:
         """Peak memory that a step adds to what is there before it, and the kernels that it launches."""
