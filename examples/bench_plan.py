@@ -73,9 +73,8 @@ def main() -> None:
     for name in calls:
         growth = statistics.median(deep / shallow for deep, shallow in zip(matches[name], matches[first], strict=True))
         nodes = len(graphs[name].graph.nodes) / len(graphs[first].graph.nodes)
-        print(
-            f"{name}: {nodes:.2f} times the nodes, {growth:.2f} times the seconds, {calls[name] / calls[first]:.2f} times the function calls"
-        )
+        called = calls[name] / calls[first]
+        print(f"{name}: {nodes:.2f} times the nodes, {growth:.2f} times the seconds, {called:.2f} times the function calls")
 
 
 if __name__ == "__main__":
