@@ -242,7 +242,7 @@ def is_done(row: Row, options: argparse.Namespace) -> bool:
 def sweep(options: argparse.Namespace) -> None:
     libraries = LIBRARIES if options.set == "all" else (options.set,)
     keys = [f"{library}/{name}" for library in libraries for name in LIBRARIES[library][0]()]
-    keys = [key for key in keys if fnmatch.fnmatchcase(key.partition("/")[2], options.filter)]
+    keys = [key for key in keys if any(fnmatch.fnmatchcase(key.partition("/")[2], glob) for glob in options.filter)]
     earlier = read_rows(options.out)
     redo = {key_of(row) for row in earlier if not is_done(row, options)} & set(keys)
     kept = [row for row in earlier if key_of(row) not in redo]
@@ -268,7 +268,7 @@ def sweep(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=(*LIBRARIES, "all"), default="all", help="which models (default: all)")
-    parser.add_argument("--filter", default="*", metavar="GLOB", help="only models whose name matches")
+    parser.add_argument("--filter", nargs="+", default=["*"], metavar="GLOB", help="only models whose name matches one of these")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default: 2)")
     parser.add_argument("--timeout", type=float, default=900, metavar="SECONDS", help="per model (default: 900)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("sweep.csv"), metavar="CSV", help="where the rows go")
