@@ -205,6 +205,7 @@ def diff_command(
     stat: Annotated[bool, typer.Option("--stat", help="One line a change.")] = False,
     fold: Annotated[bool, typer.Option(help="Fold blocks that changed like the one before them.")] = True,
     misses: Misses = False,
+    tui: Annotated[bool, typer.Option("--tui", help="Walk through it in the terminal: fold, search, jump from change to change.")] = False,
     as_json: AsJson = False,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 1 where there are differences.")] = False,
     color: Color = "auto",
@@ -218,7 +219,10 @@ def diff_command(
     pe-fx diff timm:resnet50 --entry expand --side-by-side --misses
     pe-fx diff timm:resnet50 timm:resnet101 --stat
     pe-fx diff timm:resnet50 exported.pt2 --exit-code
+    pe-fx diff timm:resnet50 --tui
     """
+    at_most_one({"--side-by-side": side_by_side, "--stat": stat, "--tui": tui, "--json": as_json})
+    walk_through = viewer() if tui else None
     options = plan_options(rules, share, entry, include, exclude)
     with progress() as say:
         if other is None:
@@ -227,6 +231,8 @@ def diff_command(
             found = diff_of_two(spec, other, input or (), say)
     if as_json:
         print(found.to_json())
+    elif walk_through is not None:
+        walk_through(found)
     else:
         columns = width or default_width()
         if stat:
@@ -370,6 +376,24 @@ def progress() -> Iterator[Callable[[str], None]]:
         return
     with console.status("") as status:
         yield lambda step: status.update(f"{step} …")
+
+
+def at_most_one(given: dict[str, object]) -> None:
+    """Refuses options that cannot be obeyed together."""
+    names = [name for name, value in given.items() if value]
+    if len(names) > 1:
+        raise PeFxError(f"{' and '.join(names)}: give one of them")
+
+
+def viewer() -> Callable[[Diff], None]:
+    """The interactive viewer, where there is a terminal for it."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
+        raise PeFxError("--tui needs a terminal: leave it out, or try --side-by-side")
+    try:
+        from pe_fx.diff.tui import Viewer
+    except ImportError as error:
+        raise PeFxError("--tui needs textual: pip install 'pe_fx[cli]'") from error
+    return lambda diff: Viewer(diff).run()
 
 
 def default_width() -> int:

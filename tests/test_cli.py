@@ -232,6 +232,14 @@ def test_stat_side_by_side_and_misses() -> None:
     assert "near miss" in run("diff", "net.py:Net", "--misses").stdout
 
 
+def test_the_viewer_needs_a_terminal() -> None:
+    assert "--tui needs a terminal" in error("diff", "net.py:Net", "--tui")
+
+
+def test_one_form_at_a_time() -> None:
+    assert "--stat and --json: give one of them" in error("diff", "net.py:Net", "--json", "--stat")
+
+
 # ---- how it ends
 
 
