@@ -7,27 +7,22 @@ import functools
 import os
 import shutil
 import sys
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
-import torch
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
-from torch import nn
 
-import pe_fx
-from pe_fx.diff import Diff, Graph, compare, diff_transform, report, terminal
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import whole_file
-from pe_fx.passes import DEFAULT_RULES
-from pe_fx.specs import FORMS, Loaded, load
-from pe_fx.ties import Plan
+from pe_fx.forms import FORMS, KINDS
+
+if TYPE_CHECKING:  # what needs torch is imported by the commands: help and completion come at once
+    from pe_fx.diff import Diff
 
 Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 
 DIFFERENT, FAILED, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 
@@ -58,8 +53,9 @@ Inputs = Annotated[
         "--input", "-i", metavar="SHAPE", help="Input shape: 1x3x224x224, 1x16:int64 or input_ids=1x16:int64. Derived where left out."
     ),
 ]
-KINDS = ", ".join(rule.kind for rule in DEFAULT_RULES)
-Rules = Annotated[str | None, typer.Option("--rules", metavar="KINDS", help=f"Kinds of sites, with commas: {KINDS}. All by default.")]
+Rules = Annotated[
+    str | None, typer.Option("--rules", metavar="KINDS", help=f"Kinds of sites, with commas: {', '.join(KINDS)}. All by default.")
+]
 Share = Annotated[str, typer.Option("--share", metavar="KINDS", help="Kinds whose sites share one matrix per stage; none for none.")]
 Entry = Annotated[str, typer.Option("--entry", metavar="HOW", help="The first block of a stage: keep, slice or expand.")]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only in modules like this, e.g. 'layer3.*'.")]
@@ -130,9 +126,12 @@ def plan_command(
     pe-fx plan transformers:bert,num_hidden_layers=4 --json
     pe-fx plan my_models.py:build --input 1x3x64x64
     """
+    from pe_fx import jobs
+    from pe_fx.diff import report
+
     options = plan_options(rules, share, entry, include, exclude)
     with progress() as say:
-        made = planned(spec, input or (), options, read_plan(plan), say)
+        made = jobs.planned(spec, input or (), options, jobs.read_plan(plan), say)
     if output is not None:
         with whole_file(output) as draft:
             draft.write_text(made.to_json())
@@ -168,22 +167,13 @@ def transform_command(
     pe-fx transform timm:resnet50 --checkpoint dense.safetensors -o tied.safetensors
     pe-fx transform timm:resnet50 --plan plan.json --init mean -o tied.safetensors
     """
+    from pe_fx import jobs
+
     options = plan_options(rules, share, entry, include, exclude)
-    with whole_file(output) as draft, progress() as say:
-        save = _safetensors().save_model
-        read = read_plan(plan)
-        say(f"building {spec}")
-        loaded = load(spec, input or ())
-        if checkpoint is not None:
-            say(f"reading {checkpoint}")
-            load_checkpoint(loaded.model, checkpoint)
-        say("planning")
-        made = pe_fx.plan(loaded.model, loaded.example_inputs, **options) if read is None else read
-        tied = pe_fx.apply(loaded.model, made, init=init)
-        if not made.sites:
-            print("pe-fx: warning: nothing could be tied; pe-fx plan --misses says why", file=sys.stderr)
-        say(f"writing {output}")
-        save(tied, str(draft), metadata={"format": "pt", "pe_fx_plan": made.to_json(), "pe_fx_spec": spec})
+    with progress() as say:
+        made = jobs.write_tied(spec, output, input or (), options, jobs.read_plan(plan), checkpoint, init, say)
+    if not made.sites:
+        print("pe-fx: warning: nothing could be tied; pe-fx plan --misses says why", file=sys.stderr)
     print(f"{output}: {len(made.sites)} sites, {made.params_before:,} → {made.params_after:,} parameters", file=sys.stderr)
 
 
@@ -223,12 +213,16 @@ def diff_command(
     """
     at_most_one({"--side-by-side": side_by_side, "--stat": stat, "--tui": tui, "--json": as_json})
     walk_through = viewer() if tui else None
+
+    from pe_fx import jobs
+    from pe_fx.diff import terminal
+
     options = plan_options(rules, share, entry, include, exclude)
     with progress() as say:
         if other is None:
-            found = diff_of_transform(spec, input or (), options, read_plan(plan), say)
+            found = jobs.diff_of_transform(spec, input or (), options, jobs.read_plan(plan), say)
         else:
-            found = diff_of_two(spec, other, input or (), say)
+            found = jobs.diff_of_two(spec, other, input or (), say)
     if as_json:
         print(found.to_json())
     elif walk_through is not None:
@@ -249,53 +243,15 @@ def diff_command(
         raise typer.Exit(DIFFERENT)
 
 
-def planned(spec: str, inputs: Sequence[str], options: dict[str, Any], read: Plan | None, say: Callable[[str], None]) -> Plan:
-    """The model's plan; one that was read is checked to fit."""
-
-    def plan_it(loaded: Loaded) -> Plan:
-        if read is not None:
-            say("checking the plan")
-            pe_fx.apply(loaded.model, read, inplace=True)
-            return read
-        say(f"planning {spec}")
-        return pe_fx.plan(loaded.model, loaded.example_inputs, **options)
-
-    return _on_meta_if_possible(spec, inputs, plan_it, say)
-
-
-def diff_of_transform(spec: str, inputs: Sequence[str], options: dict[str, Any], read: Plan | None, say: Callable[[str], None]) -> Diff:
-    def diff_it(loaded: Loaded) -> Diff:
-        say(f"comparing {spec} with its tied self")
-        return diff_transform(loaded.model, loaded.example_inputs, made=read, name=spec, **options)
-
-    return _on_meta_if_possible(spec, inputs, diff_it, say)
-
-
-def diff_of_two(first: str, second: str, inputs: Sequence[str], say: Callable[[str], None]) -> Diff:
-    """Compares two models on the same inputs: those given, else those that an exported program keeps."""
-    known = next((load(spec).example_inputs for spec in (first, second) if spec.endswith(".pt2") and not inputs), None)
-
-    def picture(loaded: Loaded) -> Graph:
-        say(f"capturing {loaded.spec}")
-        return Graph.of(loaded.model, loaded.example_inputs if loaded.example_inputs is not None else known, loaded.spec)
-
-    before, after = (_on_meta_if_possible(spec, inputs, picture, say, on_meta=known is None) for spec in (first, second))
-    say("aligning")
-    return compare(before, after)
-
-
-def _on_meta_if_possible(
-    spec: str, inputs: Sequence[str], use: Callable[[Loaded], Result], say: Callable[[str], None], on_meta: bool = True
-) -> Result:
-    """Uses the model without memory for its weights, and where its graph cannot be captured so, with."""
-    say(f"building {spec}")
-    loaded = load(spec, inputs, on_meta=on_meta)
-    if not any(parameter.is_meta for parameter in loaded.model.parameters()):
-        return use(loaded)
-    with contextlib.suppress(CaptureError):
-        return use(loaded)
-    say(f"building {spec} in memory")
-    return use(load(spec, inputs))
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A function that says on stderr what is going on, where that is a terminal."""
+    console = Console(file=sys.stderr)  # bound here: capture turns sys.stderr aside while it exports
+    if not console.is_terminal:
+        yield lambda step: None
+        return
+    with console.status("") as status:
+        yield lambda step: status.update(f"{step} …")
 
 
 def plan_options(rules: str | None, share: str, entry: str, include: list[str] | None, exclude: list[str] | None) -> dict[str, Any]:
@@ -306,76 +262,6 @@ def plan_options(rules: str | None, share: str, entry: str, include: list[str] |
 
 def _kinds(text: str) -> list[str]:
     return [] if text == "none" else [kind.strip() for kind in text.split(",")]
-
-
-def read_plan(path: Path | None) -> Plan | None:
-    """A plan from JSON, or from the metadata of a tied model's weights."""
-    if path is None:
-        return None
-    if path.suffix == ".safetensors":
-        with _opened(path) as file:
-            text = (file.metadata() or {}).get("pe_fx_plan")
-        if text is None:
-            raise PeFxError(f"{path} has no plan in its metadata: pe-fx transform writes one")
-        return Plan.from_json(text)
-    try:
-        return Plan.from_json(path.read_text())
-    except (PeFxError, UnicodeDecodeError) as error:
-        raise PeFxError(f"{path}: {error}") from error
-
-
-def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Loads dense weights, strictly."""
-    if path.suffix == ".safetensors":
-        with _opened(path) as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    else:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # a damaged file raises anything
-            raise PeFxError(f"{path} is no checkpoint of weights alone: {type(error).__name__}") from error
-        weights = next((weights[key] for key in ("state_dict", "model") if isinstance(weights, dict) and key in weights), weights)
-    try:
-        result = model.load_state_dict(weights, strict=False)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise PeFxError(f"{path} does not fit the model: {textwrap.shorten(str(error), 300)}") from error
-    for names, what in ((result.missing_keys, "lacks"), (result.unexpected_keys, "has what the model has not:")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise PeFxError(f"{path} does not fit the model: it {what} {', '.join(names[:3])}{more}")
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise PeFxError("the tied weights are written with safetensors: pip install 'pe_fx[cli]'") from error
-    return safetensors.torch
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    _safetensors()
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except safetensors.SafetensorError as error:
-        raise PeFxError(f"{path} is no safetensors file: {error}") from error
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A function that says on stderr what is going on, where that is a terminal."""
-    console = Console(file=sys.stderr)  # bound here: capture turns sys.stderr aside while it exports
-    if not console.is_terminal:
-        yield lambda step: None
-        return
-    with console.status("") as status:
-        yield lambda step: status.update(f"{step} …")
 
 
 def at_most_one(given: dict[str, object]) -> None:

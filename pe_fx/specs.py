@@ -26,8 +26,7 @@ from torch import nn
 
 from pe_fx.capture import ExampleInputs
 from pe_fx.errors import PeFxError
-
-FORMS = "timm:NAME, torchvision:NAME, transformers:MODEL_TYPE, package.module:callable, path/file.py:callable or model.pt2"
+from pe_fx.forms import FORMS
 
 
 @dataclass(frozen=True)

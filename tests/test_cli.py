@@ -19,6 +19,8 @@ from typer.testing import CliRunner, Result
 
 import pe_fx
 from pe_fx.cli import app
+from pe_fx.forms import KINDS
+from pe_fx.passes import DEFAULT_RULES
 
 SOURCE = """
 import time
@@ -249,6 +251,13 @@ def test_help_teaches_by_example() -> None:
     assert "Exit codes: 0 done, 1 differences" in " ".join(shown.split())
     for command in ("plan", "transform", "diff"):
         assert f"  pe-fx {command} timm:" in run(command, "--help").stdout
+
+
+def test_help_comes_at_once_and_knows_the_rules() -> None:
+    code = "import sys; from pe_fx.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("\nFalse\n")
+    assert {rule.kind for rule in DEFAULT_RULES} == set(KINDS)
 
 
 @pytest.mark.parametrize("command", [["plan"], ["diff"], ["diff", "net.py:plain"], ["transform", "-o", "x.safetensors"]])
