@@ -7,7 +7,7 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -56,11 +56,18 @@ Inputs = Annotated[
 Rules = Annotated[
     str | None, typer.Option("--rules", metavar="KINDS", help=f"Kinds of sites, with commas: {', '.join(KINDS)}. All by default.")
 ]
-Share = Annotated[str, typer.Option("--share", metavar="KINDS", help="Kinds whose sites share one matrix per stage; none for none.")]
-Entry = Annotated[str, typer.Option("--entry", metavar="HOW", help="The first block of a stage: keep, slice or expand.")]
+Share = Annotated[
+    str | None,
+    typer.Option("--share", metavar="KINDS", help="Kinds whose sites share one matrix per stage, or none; bottleneck by default."),
+]
+Entry = Annotated[
+    str | None, typer.Option("--entry", metavar="HOW", help="The first block of a stage: keep, slice or expand; keep by default.")
+]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only in modules like this, e.g. 'layer3.*'.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not in modules like this.")]
-FromPlan = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan made before, instead of matching anew.")]
+FromPlan = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", help="A plan made before, with its options, instead of matching anew.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 Misses = Annotated[bool, typer.Option("--misses", help="Say of every near miss why it is none.")]
 Color = Annotated[str, typer.Option("--color", metavar="WHEN", help="auto (on a terminal), always or never.")]
@@ -90,7 +97,7 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
                 raise
             known = isinstance(error, PeFxError | OSError)
             text = " ".join(str(error).split()) if known else f"{type(error).__name__}: {error}; --debug shows where"
-            hint = " (here: --input)" if isinstance(error, CaptureError) else ""
+            hint = "; example_inputs are --input here" if isinstance(error, CaptureError) else ""
             print(f"pe-fx: error: {text}{hint}", file=sys.stderr)
             raise typer.Exit(FAILED) from None
 
@@ -105,8 +112,8 @@ def plan_command(
     spec: Spec,
     input: Inputs = None,
     rules: Rules = None,
-    share: Share = "bottleneck",
-    entry: Entry = "keep",
+    share: Share = None,
+    entry: Entry = None,
     include: Include = None,
     exclude: Exclude = None,
     plan: FromPlan = None,
@@ -129,7 +136,7 @@ def plan_command(
     from pe_fx import jobs
     from pe_fx.diff import report
 
-    options = plan_options(rules, share, entry, include, exclude)
+    options = plan_options(plan, rules, share, entry, include, exclude)
     with progress() as say:
         made = jobs.planned(spec, input or (), options, jobs.read_plan(plan), say)
     if output is not None:
@@ -152,8 +159,8 @@ def transform_command(
     ] = None,
     init: Annotated[str, typer.Option("--init", metavar="HOW", help="A shared matrix's values: keep, mean or reset.")] = "keep",
     rules: Rules = None,
-    share: Share = "bottleneck",
-    entry: Entry = "keep",
+    share: Share = None,
+    entry: Entry = None,
     include: Include = None,
     exclude: Exclude = None,
     plan: FromPlan = None,
@@ -169,7 +176,7 @@ def transform_command(
     """
     from pe_fx import jobs
 
-    options = plan_options(rules, share, entry, include, exclude)
+    options = plan_options(plan, rules, share, entry, include, exclude)
     with progress() as say:
         made = jobs.write_tied(spec, output, input or (), options, jobs.read_plan(plan), checkpoint, init, say)
     if not made.sites:
@@ -182,12 +189,15 @@ def transform_command(
 def diff_command(
     spec: Spec,
     other: Annotated[
-        str | None, typer.Argument(metavar="[SPEC2]", help="Another model to compare with; else the model is compared with itself, tied.")
+        str | None,
+        typer.Argument(
+            metavar="SPEC2", help="Another model to compare with; else the model is compared with itself, tied.", show_default=False
+        ),
     ] = None,
     input: Inputs = None,
     rules: Rules = None,
-    share: Share = "bottleneck",
-    entry: Entry = "keep",
+    share: Share = None,
+    entry: Entry = None,
     include: Include = None,
     exclude: Exclude = None,
     plan: FromPlan = None,
@@ -217,7 +227,9 @@ def diff_command(
     from pe_fx import jobs
     from pe_fx.diff import terminal
 
-    options = plan_options(rules, share, entry, include, exclude)
+    options = plan_options(plan, rules, share, entry, include, exclude)
+    if other is not None:
+        refuse("two models are compared as they are", [*options, *(["plan"] if plan else []), *(["misses"] if misses else [])])
     with progress() as say:
         if other is None:
             found = jobs.diff_of_transform(spec, input or (), options, jobs.read_plan(plan), say)
@@ -254,14 +266,26 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda step: status.update(f"{step} …")
 
 
-def plan_options(rules: str | None, share: str, entry: str, include: list[str] | None, exclude: list[str] | None) -> dict[str, Any]:
-    """The options of `pe_fx.plan`, as far as they are given."""
-    options: dict[str, Any] = {"share": _kinds(share), "entry": entry, "include": include, "exclude": exclude}
-    return options if rules is None else options | {"rules": _kinds(rules)}
+def plan_options(
+    plan: Path | None, rules: str | None, share: str | None, entry: str | None, include: list[str] | None, exclude: list[str] | None
+) -> dict[str, Any]:
+    """The options of `pe_fx.plan`, as far as they are given; a plan that is read brings its own."""
+    given = {"rules": rules and _kinds(rules), "share": share and _kinds(share), "entry": entry, "include": include, "exclude": exclude}
+    options = {name: value for name, value in given.items() if value is not None}
+    if plan is not None:
+        refuse("--plan has its options in it", options)
+    return options
 
 
 def _kinds(text: str) -> list[str]:
     return [] if text == "none" else [kind.strip() for kind in text.split(",")]
+
+
+def refuse(why: str, given: Iterable[str]) -> None:
+    """Says of options that would be passed over in silence that they are to be left out."""
+    names = [f"--{name}" for name in given]
+    if names:
+        raise PeFxError(f"{why}: leave out {', '.join(names)}")
 
 
 def at_most_one(given: dict[str, object]) -> None:

@@ -33,7 +33,7 @@ def planned(spec: str, inputs: Sequence[str], options: dict[str, Any], read: Pla
         say(f"planning {spec}")
         return pe_fx.plan(loaded.model, loaded.example_inputs, **options)
 
-    return _on_meta_if_possible(spec, inputs, plan_it, say)
+    return _used(_built(spec, inputs, say), inputs, plan_it, say)
 
 
 def write_tied(
@@ -67,32 +67,39 @@ def diff_of_transform(spec: str, inputs: Sequence[str], options: dict[str, Any],
         say(f"comparing {spec} with its tied self")
         return diff_transform(loaded.model, loaded.example_inputs, made=read, name=spec, **options)
 
-    return _on_meta_if_possible(spec, inputs, diff_it, say)
+    return _used(_built(spec, inputs, say), inputs, diff_it, say)
 
 
 def diff_of_two(first: str, second: str, inputs: Sequence[str], say: Say) -> Diff:
     """Compares two models on the same inputs: those given, else those that an exported program keeps."""
-    known = next((load(spec).example_inputs for spec in (first, second) if spec.endswith(".pt2") and not inputs), None)
+    on_meta = bool(inputs) or not any(spec.endswith(".pt2") for spec in (first, second))
+    both = [_built(spec, inputs, say, on_meta=on_meta) for spec in (first, second)]
+    known = next((loaded.example_inputs for loaded in both if loaded.example_inputs is not None), None)
 
     def picture(loaded: Loaded) -> Graph:
         say(f"capturing {loaded.spec}")
         return Graph.of(loaded.model, loaded.example_inputs if loaded.example_inputs is not None else known, loaded.spec)
 
-    before, after = (_on_meta_if_possible(spec, inputs, picture, say, on_meta=known is None) for spec in (first, second))
+    before, after = (_used(loaded, inputs, picture, say) for loaded in both)
     say("aligning")
     return compare(before, after)
 
 
-def _on_meta_if_possible(spec: str, inputs: Sequence[str], use: Callable[[Loaded], Result], say: Say, on_meta: bool = True) -> Result:
-    """Uses the model without memory for its weights, and where its graph cannot be captured so, with."""
+def _built(spec: str, inputs: Sequence[str], say: Say, on_meta: bool = True) -> Loaded:
     say(f"building {spec}")
-    loaded = load(spec, inputs, on_meta=on_meta)
-    if not any(parameter.is_meta for parameter in loaded.model.parameters()):
+    return load(spec, inputs, on_meta=on_meta)
+
+
+def _used(loaded: Loaded, inputs: Sequence[str], use: Callable[[Loaded], Result], say: Say) -> Result:
+    """What `use` makes of a model; one without memory for its weights whose graph cannot be captured so is built with."""
+    if any(parameter.is_meta for parameter in loaded.model.parameters()):
+        with contextlib.suppress(CaptureError):
+            return use(loaded)
+        loaded = _built(loaded.spec, inputs, say, on_meta=False)
+    try:
         return use(loaded)
-    with contextlib.suppress(CaptureError):
-        return use(loaded)
-    say(f"building {spec} in memory")
-    return use(load(spec, inputs))
+    except CaptureError as error:
+        raise CaptureError(f"{loaded.spec}: {error}") from error
 
 
 def read_plan(path: Path | None) -> Plan | None:

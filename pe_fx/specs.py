@@ -53,7 +53,7 @@ def load(spec: str, inputs: Sequence[str] = (), *, on_meta: bool = False) -> Loa
     source, colon, rest = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
     name, *arguments = split_commas(rest)
     if not colon or not name:
-        guess = f" (timm:{spec}?)" if spec.isidentifier() else ""
+        guess = f" (timm:{spec}?)" if spec.isidentifier() and spec not in _LIBRARIES else ""
         raise PeFxError(f"{spec!r} is no model spec{guess}: write {FORMS}")
     options = dict(map(_option, arguments))
     if source in _LIBRARIES:

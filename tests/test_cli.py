@@ -43,6 +43,13 @@ class Net(nn.Module):
 def plain():
     return nn.Linear(3, 3)
 
+class Failing(nn.Linear):
+    def forward(self, x):
+        raise RuntimeError("captured")
+
+def failing():
+    return Failing(3, 3)
+
 def slow():
     print("building", flush=True)
     time.sleep(60)
@@ -117,6 +124,14 @@ def test_options_of_the_plan() -> None:
     assert sites("--rules", "attention,glu") == []
     assert sites("--rules", "none") == []
     assert sites("--input", "7x4") == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_a_plan_brings_its_own_options() -> None:
+    run("plan", "net.py:Net", "-o", "plan.json")
+    for command in (["plan"], ["diff"], ["transform", "-o", "tied.safetensors"]):
+        assert "leave out --entry, --include" in error(
+            *command, "net.py:Net", "--plan", "plan.json", "--include", "blocks.1", "--entry", "keep"
+        )
 
 
 def test_a_plan_of_another_model() -> None:
@@ -213,6 +228,16 @@ def test_exit_code_of_differences() -> None:
 def test_diff_with_an_exported_program() -> None:
     torch.export.save(torch.export.export(nn.Linear(3, 3), (torch.ones(5, 3),)), "plain.pt2")
     run("diff", "net.py:plain", "plain.pt2", "--exit-code")
+
+
+def test_two_models_are_compared_as_they_are() -> None:
+    assert "leave out --share, --misses" in error("diff", "net.py:Net", "net.py:plain", "--share", "none", "--misses")
+
+
+def test_which_of_two_models_failed() -> None:
+    torch.export.save(torch.export.export(nn.Linear(3, 3), (torch.ones(5, 3),)), "plain.pt2")
+    assert "error: net.py:Net: Net could not be captured" in error("diff", "plain.pt2", "net.py:Net")
+    assert "did you mean resnet50" in error("diff", "net.py:failing", "timm:resnet5"), "names are looked up before anything is captured"
 
 
 def test_diff_as_json() -> None:
