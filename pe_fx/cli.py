@@ -95,8 +95,12 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
         except Exception as error:
             if kwargs.get("debug"):
                 raise
-            known = isinstance(error, PeFxError | OSError)
-            text = " ".join(str(error).split()) if known else f"{type(error).__name__}: {error}; --debug shows where"
+            if isinstance(error, OSError) and error.filename is not None:
+                text = f"{error.filename}: {error.strerror}"
+            elif isinstance(error, PeFxError | OSError):
+                text = " ".join(str(error).split())
+            else:
+                text = f"{type(error).__name__}: {error}; --debug shows where"
             hint = "; example_inputs are --input here" if isinstance(error, CaptureError) else ""
             print(f"pe-fx: error: {text}{hint}", file=sys.stderr)
             raise typer.Exit(FAILED) from None

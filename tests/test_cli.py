@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -178,10 +180,12 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(folder: Path) -> N
         "list.pt": "list.pt does not fit the model",
         "damaged.safetensors": "is no safetensors file",
         "damaged.pt": "is no checkpoint of weights alone",
-        "nowhere.pt": "No such file",
+        "nowhere.pt": "error: nowhere.pt: No such file",
         "nowhere.safetensors": "No such file",
     }.items():
         assert message in error("transform", "net.py:plain", "--checkpoint", name, "-o", "tied.safetensors")
+    assert "error: . is a folder" in error("transform", "net.py:plain", "-o", ".")
+    assert "/proc/x cannot be written" in error("transform", "net.py:plain", "-o", "/proc/x")
     assert "there is no folder nowhere" in error("transform", "net.py:plain", "-o", "nowhere/tied.safetensors")
     assert files(folder) == before
 
@@ -261,6 +265,23 @@ def test_stat_side_by_side_and_misses() -> None:
 
 def test_the_viewer_needs_a_terminal() -> None:
     assert "--tui needs a terminal" in error("diff", "net.py:Net", "--tui")
+
+
+def test_the_viewer_on_a_terminal() -> None:
+    terminal, inside = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
+    arguments = command("diff", "net.py:Net", "--tui", "--exit-code")
+    with subprocess.Popen(arguments, stdin=inside, stdout=inside, stderr=inside, env=environment) as process:
+        os.close(inside)
+        drawn = b""
+        while b"Quit" not in drawn:
+            drawn += os.read(terminal, 65536)
+        os.write(terminal, b"q")
+        with contextlib.suppress(OSError):  # closed at the other end
+            while os.read(terminal, 65536):
+                pass
+    os.close(terminal)
+    assert process.returncode == 1
 
 
 def test_one_form_at_a_time() -> None:

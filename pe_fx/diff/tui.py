@@ -67,7 +67,7 @@ class Pane(ScrollView, can_focus=False):
     def _side(self, item: Item) -> Text:
         mine, other = self.viewer.outline.columns(item)[:: 1 if self.column == "before" else -1]
         if mine is None:
-            return self._text("╱" * self.size.width, "absent")
+            return self._text("╱" * self.scrollable_content_region.width, "absent")
         if item.edit is None if item.is_operation else mine == other:
             return self._text(f"  {mine}", "context")
         mark = {"before": "- ", "after": "+ "}[self.column] if item.is_operation else "  "
