@@ -263,3 +263,21 @@ def test_a_renamed_module_is_one_line_with_both_paths() -> None:
     (item,) = outline.changed
     assert outline.columns(item) == ("Sequential  8,320 params", "body  Sequential  8,320 params")
     assert outline.note(item) == "renamed"
+
+
+def test_a_change_without_a_rule_is_at_its_operation() -> None:
+    class Shifted(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    before, after = block(), Shifted(*block())
+    outline = Outline(compare(Graph.of(before), Graph.of(after)))
+    assert [(item.name, outline.note(item)) for item in outline.changed] == [("add", "added")]
+    assert next(outline.details(outline.changed[0])) == ("site", "add in the model  (added)")
+
+
+def test_a_model_that_was_wrapped() -> None:
+    outline = Outline(compare(Graph.of(block()), Graph.of(nn.Sequential(block(), nn.Tanh()))))
+    (linear,) = (item for item in outline.items if item.name == "0 linear")
+    assert outline.columns(linear) == ("0.weight 64×64, 0.bias 64 → 2×64", "0.0.weight 64×64, 0.0.bias 64 → 2×64")
+    assert outline.note(outline.root) == "renamed"

@@ -76,9 +76,11 @@ class Outline:
             self._hang_up(before, after)
         for item in [item for item in self.modules.values() if item.parent is not None and len(item.children) == 1]:
             _merge(item)
-        for change in diff.changes:
-            self.at(change.module).changes.append(change)
         self.items = list(self.root.walk())
+        of_edit = {item.edit: item for item in self.items if item.edit is not None}
+        for change in diff.changes:
+            is_alone = len(change.edits) == 1 and not change.is_site
+            (of_edit[change.edits[0]] if is_alone else self.at(change.module)).changes.append(change)
         for place, item in enumerate(self.items):
             item.place = place
         self.of_after = {item.after.id: item for item in self.items if item.after is not None}
@@ -149,8 +151,8 @@ class Outline:
     def columns(self, item: Item) -> tuple[str | None, str | None]:
         """What to say of an item before and after: an operation's weights and shapes, a module's class and parameters."""
         if item.is_operation:
-            around = item.parent.module if item.parent else ""
-            return _brief(item.before, around), _brief(item.after, around)
+            around = item.parent or self.root
+            return _brief(item.before, around.module), _brief(item.after, self._path(self.diff.after, around))
         return self._module(self.diff.before, item), self._module(self.diff.after, item)
 
     def _path(self, graph: Graph, item: Item) -> str:
@@ -163,7 +165,7 @@ class Outline:
         path, numel = self._path(graph, item), self._numel(graph, item)
         if path not in graph.modules:
             return None
-        name = graph.modules[path] if path == item.module else f"{path}  {graph.modules[path]}"
+        name = graph.modules[path] if path == item.module else f"{path or 'the model'}  {graph.modules[path]}"
         return f"{name}  {numel:,} params" if numel else name
 
     def details(self, item: Item) -> Iterator[tuple[str, str]]:

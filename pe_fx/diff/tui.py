@@ -85,7 +85,7 @@ class Pane(ScrollView, can_focus=False):
 
     def on_click(self, event: events.Click) -> None:
         line = event.y - self.gutter.top + self.scroll_offset.y
-        if line < len(self.viewer.lines):
+        if event.y >= self.gutter.top and line < len(self.viewer.lines):
             again = line == self.viewer.cursor
             self.viewer.cursor = line
             if again:
