@@ -137,11 +137,11 @@ def plan_command(
     pe-fx plan transformers:bert,num_hidden_layers=4 --json
     pe-fx plan my_models.py:build --input 1x3x64x64
     """
-    from pe_fx import jobs
-    from pe_fx.diff import report
-
     options = plan_options(plan, rules, share, entry, include, exclude)
     with progress() as say:
+        from pe_fx import jobs
+        from pe_fx.diff import report
+
         made = jobs.planned(spec, input or (), options, jobs.read_plan(plan), say)
     if output is not None:
         with whole_file(output) as draft:
@@ -178,10 +178,10 @@ def transform_command(
     pe-fx transform timm:resnet50 --checkpoint dense.safetensors -o tied.safetensors
     pe-fx transform timm:resnet50 --plan plan.json --init mean -o tied.safetensors
     """
-    from pe_fx import jobs
-
     options = plan_options(plan, rules, share, entry, include, exclude)
     with progress() as say:
+        from pe_fx import jobs
+
         made = jobs.write_tied(spec, output, input or (), options, jobs.read_plan(plan), checkpoint, init, say)
     if not made.sites:
         print("pe-fx: warning: nothing could be tied; pe-fx plan --misses says why", file=sys.stderr)
@@ -227,14 +227,13 @@ def diff_command(
     """
     at_most_one({"--side-by-side": side_by_side, "--stat": stat, "--tui": tui, "--json": as_json})
     walk_through = viewer() if tui else None
-
-    from pe_fx import jobs
-    from pe_fx.diff import terminal
-
     options = plan_options(plan, rules, share, entry, include, exclude)
     if other is not None:
         refuse("two models are compared as they are", [*options, *(["plan"] if plan else []), *(["misses"] if misses else [])])
     with progress() as say:
+        from pe_fx import jobs
+        from pe_fx.diff import terminal
+
         if other is None:
             found = jobs.diff_of_transform(spec, input or (), options, jobs.read_plan(plan), say)
         else:
@@ -266,7 +265,7 @@ def progress() -> Iterator[Callable[[str], None]]:
     if not console.is_terminal:
         yield lambda step: None
         return
-    with console.status("") as status:
+    with console.status("importing torch …") as status:
         yield lambda step: status.update(f"{step} …")
 
 
@@ -301,7 +300,8 @@ def at_most_one(given: dict[str, object]) -> None:
 
 def viewer() -> Callable[[Diff], None]:
     """The interactive viewer, where there is a terminal for it."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM") == "dumb":
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # Textual draws on stderr
+    if not all(stream and stream.isatty() for stream in streams) or os.environ.get("TERM") == "dumb":
         raise PeFxError("--tui needs a terminal: leave it out, or try --side-by-side")
     try:
         from pe_fx.diff.tui import Viewer

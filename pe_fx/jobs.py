@@ -49,8 +49,7 @@ def write_tied(
     """Ties the model and writes its weights, with the plan in the metadata; returns the plan."""
     with whole_file(output) as draft:
         save = _safetensors().save_model
-        say(f"building {spec}")
-        loaded = load(spec, inputs)
+        loaded = _built(spec, inputs, say, on_meta=False)
         if checkpoint is not None:
             say(f"reading {checkpoint}")
             load_checkpoint(loaded.model, checkpoint)
