@@ -244,7 +244,7 @@ def diff_command(
         walk_through(found)
     else:
         columns = width or default_width()
-        if stat:
+        if found and stat:
             show(terminal.stat(found, columns), color, columns)
         elif found:
             show((terminal.side_by_side if side_by_side else terminal.unified)(found, columns, fold=fold), color, columns)

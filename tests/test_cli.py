@@ -218,9 +218,10 @@ def test_diff_in_colours_on_request() -> None:
 
 
 def test_diff_of_a_model_with_itself_is_empty() -> None:
-    result = run("diff", "net.py:Net", "net.py:Net", "--exit-code")
-    assert not result.stdout
-    assert result.stderr == "no differences\n"
+    for form in ([], ["--stat"], ["--side-by-side"]):
+        result = run("diff", "net.py:Net", "net.py:Net", "--exit-code", *form)
+        assert not result.stdout
+        assert result.stderr == "no differences\n"
 
 
 def test_exit_code_of_differences() -> None:
