@@ -16,8 +16,6 @@ def main() -> None:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit(f"pe-fx: error: the command line needs {error.name}: pip install 'pe_fx[cli]'")
-    except KeyboardInterrupt:  # while torch is imported
-        sys.exit(130)
     app()
 
 

@@ -59,7 +59,9 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
         return _read(model)
     _refuse(model)
     errors: list[Exception] = []
+    tried: list[ExampleInputs] = []
     for inputs in derive_inputs(model) if example_inputs is None else [example_inputs]:
+        tried.append(inputs)
         args, kwargs = as_arguments(inputs)
         for training in (True, False):
             try:
@@ -70,15 +72,22 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
                 log.debug("export with training=%s failed", training, exc_info=True)
             else:
                 return _labelled(program, inputs)
+    raise _failure(model, tried, errors, given=example_inputs is not None) from (errors[0] if errors else None)
+
+
+def _failure(model: nn.Module, tried: list[ExampleInputs], errors: list[Exception], given: bool) -> CaptureError:
+    """What happened with the likeliest inputs, in train and in eval mode, and what to do."""
+    name = type(model).__name__
+    takes = ", ".join(inspect.signature(model.forward).parameters)
+    pass_them = f"pass example_inputs, a tensor, a tuple of positional or a dict of keyword arguments: forward takes {takes or 'nothing'}"
     if not errors:
-        raise CaptureError(f"no example inputs can be derived for {type(model).__name__}: pass example_inputs")
-    shapes = [f"{key} {tuple(value.shape)}" for key, value in enumerate_tensors(as_arguments(inputs))]
-    origin = "inputs derived from it, the last being" if example_inputs is None else "the inputs given,"
-    hint = "pass example_inputs" if example_inputs is None else "check that model(*example_inputs) runs"
-    raise CaptureError(
-        f"{type(model).__name__} could not be captured with {origin} {', '.join(shapes) or 'no tensors'}: {first_line(errors[0])}\n"
-        f"(in eval mode: {first_line(errors[1])}); {hint}: a tensor, a tuple of positional or a dict of keyword arguments"
-    ) from errors[0]
+        return CaptureError(f"no example inputs can be derived for {name}: {pass_them}")
+    shapes = [f"{key} {tuple(value.shape)}" for key, value in enumerate_tensors(as_arguments(tried[0]))]
+    origin = "the inputs given," if given else f"inputs derived from it ({len(tried)} tried), the likeliest being"
+    in_train, in_eval = map(first_line, errors[:2])
+    what = in_train if in_train == in_eval else f"{in_train} (in eval mode: {in_eval})"
+    hint = f"check that model(*example_inputs) runs: forward takes {takes}" if given else pass_them
+    return CaptureError(f"{name} could not be captured with {origin} {', '.join(shapes) or 'no tensors'}: {what}; {hint}")
 
 
 def _labelled(program: torch.export.ExportedProgram, inputs: ExampleInputs) -> Captured:
@@ -141,9 +150,15 @@ def derive_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
         dummy = model.dummy_inputs
         if isinstance(dummy, Mapping):
             inputs = {key: value.to(like.device) if isinstance(value, Tensor) else value for key, value in dummy.items()}
+            takes = inspect.signature(model.forward).parameters
             yield inputs
-            if "attention_mask" in inspect.signature(model.forward).parameters:  # some make none for themselves while they are traced
-                yield {"attention_mask": torch.ones_like(inputs["input_ids"])} | inputs
+            if "attention_mask" in takes:  # some make none for themselves while they are traced
+                inputs = {"attention_mask": torch.ones_like(inputs["input_ids"])} | inputs
+                yield inputs
+            if "pixel_values" in takes and takes.keys() >= dummy.keys():  # text and images
+                first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+                for size in IMAGE_SIZES:
+                    yield inputs | {"pixel_values": random_like(len(inputs["input_ids"]), first.in_channels, size, size)}
     for module in model.modules():
         if isinstance(module, nn.Linear):
             yield random_like(2, module.in_features)

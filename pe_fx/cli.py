@@ -7,27 +7,22 @@ import functools
 import os
 import shutil
 import sys
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
-import torch
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
-from torch import nn
 
-import pe_fx
-from pe_fx.diff import Diff, Graph, compare, diff_transform, report, terminal
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import whole_file
-from pe_fx.passes import DEFAULT_RULES
-from pe_fx.specs import FORMS, Loaded, load
-from pe_fx.ties import Plan
+from pe_fx.forms import FORMS, KINDS
+
+if TYPE_CHECKING:  # what needs torch is imported by the commands: help and completion come at once
+    from pe_fx.diff import Diff
 
 Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 
 DIFFERENT, FAILED, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 
@@ -58,13 +53,21 @@ Inputs = Annotated[
         "--input", "-i", metavar="SHAPE", help="Input shape: 1x3x224x224, 1x16:int64 or input_ids=1x16:int64. Derived where left out."
     ),
 ]
-KINDS = ", ".join(rule.kind for rule in DEFAULT_RULES)
-Rules = Annotated[str | None, typer.Option("--rules", metavar="KINDS", help=f"Kinds of sites, with commas: {KINDS}. All by default.")]
-Share = Annotated[str, typer.Option("--share", metavar="KINDS", help="Kinds whose sites share one matrix per stage; none for none.")]
-Entry = Annotated[str, typer.Option("--entry", metavar="HOW", help="The first block of a stage: keep, slice or expand.")]
+Rules = Annotated[
+    str | None, typer.Option("--rules", metavar="KINDS", help=f"Kinds of sites, with commas: {', '.join(KINDS)}. All by default.")
+]
+Share = Annotated[
+    str | None,
+    typer.Option("--share", metavar="KINDS", help="Kinds whose sites share one matrix per stage, or none; bottleneck by default."),
+]
+Entry = Annotated[
+    str | None, typer.Option("--entry", metavar="HOW", help="The first block of a stage: keep, slice or expand; keep by default.")
+]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only in modules like this, e.g. 'layer3.*'.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not in modules like this.")]
-FromPlan = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan made before, instead of matching anew.")]
+FromPlan = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", help="A plan made before, with its options, instead of matching anew.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 Misses = Annotated[bool, typer.Option("--misses", help="Say of every near miss why it is none.")]
 Color = Annotated[str, typer.Option("--color", metavar="WHEN", help="auto (on a terminal), always or never.")]
@@ -92,9 +95,13 @@ def reported(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
         except Exception as error:
             if kwargs.get("debug"):
                 raise
-            known = isinstance(error, PeFxError | OSError)
-            text = " ".join(str(error).split()) if known else f"{type(error).__name__}: {error}; --debug shows where"
-            hint = " (here: --input)" if isinstance(error, CaptureError) else ""
+            if isinstance(error, OSError) and error.filename is not None:
+                text = f"{error.filename}: {error.strerror}"
+            elif isinstance(error, PeFxError | OSError):
+                text = " ".join(str(error).split())
+            else:
+                text = f"{type(error).__name__}: {error}; --debug shows where"
+            hint = "; example_inputs are --input here" if isinstance(error, CaptureError) else ""
             print(f"pe-fx: error: {text}{hint}", file=sys.stderr)
             raise typer.Exit(FAILED) from None
 
@@ -109,8 +116,8 @@ def plan_command(
     spec: Spec,
     input: Inputs = None,
     rules: Rules = None,
-    share: Share = "bottleneck",
-    entry: Entry = "keep",
+    share: Share = None,
+    entry: Entry = None,
     include: Include = None,
     exclude: Exclude = None,
     plan: FromPlan = None,
@@ -130,9 +137,12 @@ def plan_command(
     pe-fx plan transformers:bert,num_hidden_layers=4 --json
     pe-fx plan my_models.py:build --input 1x3x64x64
     """
-    options = plan_options(rules, share, entry, include, exclude)
+    options = plan_options(plan, rules, share, entry, include, exclude)
     with progress() as say:
-        made = planned(spec, input or (), options, read_plan(plan), say)
+        from pe_fx import jobs
+        from pe_fx.diff import report
+
+        made = jobs.planned(spec, input or (), options, jobs.read_plan(plan), say)
     if output is not None:
         with whole_file(output) as draft:
             draft.write_text(made.to_json())
@@ -153,8 +163,8 @@ def transform_command(
     ] = None,
     init: Annotated[str, typer.Option("--init", metavar="HOW", help="A shared matrix's values: keep, mean or reset.")] = "keep",
     rules: Rules = None,
-    share: Share = "bottleneck",
-    entry: Entry = "keep",
+    share: Share = None,
+    entry: Entry = None,
     include: Include = None,
     exclude: Exclude = None,
     plan: FromPlan = None,
@@ -168,22 +178,13 @@ def transform_command(
     pe-fx transform timm:resnet50 --checkpoint dense.safetensors -o tied.safetensors
     pe-fx transform timm:resnet50 --plan plan.json --init mean -o tied.safetensors
     """
-    options = plan_options(rules, share, entry, include, exclude)
-    with whole_file(output) as draft, progress() as say:
-        save = _safetensors().save_model
-        read = read_plan(plan)
-        say(f"building {spec}")
-        loaded = load(spec, input or ())
-        if checkpoint is not None:
-            say(f"reading {checkpoint}")
-            load_checkpoint(loaded.model, checkpoint)
-        say("planning")
-        made = pe_fx.plan(loaded.model, loaded.example_inputs, **options) if read is None else read
-        tied = pe_fx.apply(loaded.model, made, init=init)
-        if not made.sites:
-            print("pe-fx: warning: nothing could be tied; pe-fx plan --misses says why", file=sys.stderr)
-        say(f"writing {output}")
-        save(tied, str(draft), metadata={"format": "pt", "pe_fx_plan": made.to_json(), "pe_fx_spec": spec})
+    options = plan_options(plan, rules, share, entry, include, exclude)
+    with progress() as say:
+        from pe_fx import jobs
+
+        made = jobs.write_tied(spec, output, input or (), options, jobs.read_plan(plan), checkpoint, init, say)
+    if not made.sites:
+        print("pe-fx: warning: nothing could be tied; pe-fx plan --misses says why", file=sys.stderr)
     print(f"{output}: {len(made.sites)} sites, {made.params_before:,} → {made.params_after:,} parameters", file=sys.stderr)
 
 
@@ -192,12 +193,15 @@ def transform_command(
 def diff_command(
     spec: Spec,
     other: Annotated[
-        str | None, typer.Argument(metavar="[SPEC2]", help="Another model to compare with; else the model is compared with itself, tied.")
+        str | None,
+        typer.Argument(
+            metavar="SPEC2", help="Another model to compare with; else the model is compared with itself, tied.", show_default=False
+        ),
     ] = None,
     input: Inputs = None,
     rules: Rules = None,
-    share: Share = "bottleneck",
-    entry: Entry = "keep",
+    share: Share = None,
+    entry: Entry = None,
     include: Include = None,
     exclude: Exclude = None,
     plan: FromPlan = None,
@@ -205,6 +209,7 @@ def diff_command(
     stat: Annotated[bool, typer.Option("--stat", help="One line a change.")] = False,
     fold: Annotated[bool, typer.Option(help="Fold blocks that changed like the one before them.")] = True,
     misses: Misses = False,
+    tui: Annotated[bool, typer.Option("--tui", help="Walk through it in the terminal: fold, search, jump from change to change.")] = False,
     as_json: AsJson = False,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 1 where there are differences.")] = False,
     color: Color = "auto",
@@ -218,18 +223,28 @@ def diff_command(
     pe-fx diff timm:resnet50 --entry expand --side-by-side --misses
     pe-fx diff timm:resnet50 timm:resnet101 --stat
     pe-fx diff timm:resnet50 exported.pt2 --exit-code
+    pe-fx diff timm:resnet50 --tui
     """
-    options = plan_options(rules, share, entry, include, exclude)
+    at_most_one({"--side-by-side": side_by_side, "--stat": stat, "--tui": tui, "--json": as_json})
+    walk_through = viewer() if tui else None
+    options = plan_options(plan, rules, share, entry, include, exclude)
+    if other is not None:
+        refuse("two models are compared as they are", [*options, *(["plan"] if plan else []), *(["misses"] if misses else [])])
     with progress() as say:
+        from pe_fx import jobs
+        from pe_fx.diff import terminal
+
         if other is None:
-            found = diff_of_transform(spec, input or (), options, read_plan(plan), say)
+            found = jobs.diff_of_transform(spec, input or (), options, jobs.read_plan(plan), say)
         else:
-            found = diff_of_two(spec, other, input or (), say)
+            found = jobs.diff_of_two(spec, other, input or (), say)
     if as_json:
         print(found.to_json())
+    elif walk_through is not None:
+        walk_through(found)
     else:
         columns = width or default_width()
-        if stat:
+        if found and stat:
             show(terminal.stat(found, columns), color, columns)
         elif found:
             show((terminal.side_by_side if side_by_side else terminal.unified)(found, columns, fold=fold), color, columns)
@@ -243,124 +258,6 @@ def diff_command(
         raise typer.Exit(DIFFERENT)
 
 
-def planned(spec: str, inputs: Sequence[str], options: dict[str, Any], read: Plan | None, say: Callable[[str], None]) -> Plan:
-    """The model's plan; one that was read is checked to fit."""
-
-    def plan_it(loaded: Loaded) -> Plan:
-        if read is not None:
-            say("checking the plan")
-            pe_fx.apply(loaded.model, read, inplace=True)
-            return read
-        say(f"planning {spec}")
-        return pe_fx.plan(loaded.model, loaded.example_inputs, **options)
-
-    return _on_meta_if_possible(spec, inputs, plan_it, say)
-
-
-def diff_of_transform(spec: str, inputs: Sequence[str], options: dict[str, Any], read: Plan | None, say: Callable[[str], None]) -> Diff:
-    def diff_it(loaded: Loaded) -> Diff:
-        say(f"comparing {spec} with its tied self")
-        return diff_transform(loaded.model, loaded.example_inputs, made=read, name=spec, **options)
-
-    return _on_meta_if_possible(spec, inputs, diff_it, say)
-
-
-def diff_of_two(first: str, second: str, inputs: Sequence[str], say: Callable[[str], None]) -> Diff:
-    """Compares two models on the same inputs: those given, else those that an exported program keeps."""
-    known = next((load(spec).example_inputs for spec in (first, second) if spec.endswith(".pt2") and not inputs), None)
-
-    def picture(loaded: Loaded) -> Graph:
-        say(f"capturing {loaded.spec}")
-        return Graph.of(loaded.model, loaded.example_inputs if loaded.example_inputs is not None else known, loaded.spec)
-
-    before, after = (_on_meta_if_possible(spec, inputs, picture, say, on_meta=known is None) for spec in (first, second))
-    say("aligning")
-    return compare(before, after)
-
-
-def _on_meta_if_possible(
-    spec: str, inputs: Sequence[str], use: Callable[[Loaded], Result], say: Callable[[str], None], on_meta: bool = True
-) -> Result:
-    """Uses the model without memory for its weights, and where its graph cannot be captured so, with."""
-    say(f"building {spec}")
-    loaded = load(spec, inputs, on_meta=on_meta)
-    if not any(parameter.is_meta for parameter in loaded.model.parameters()):
-        return use(loaded)
-    with contextlib.suppress(CaptureError):
-        return use(loaded)
-    say(f"building {spec} in memory")
-    return use(load(spec, inputs))
-
-
-def plan_options(rules: str | None, share: str, entry: str, include: list[str] | None, exclude: list[str] | None) -> dict[str, Any]:
-    """The options of `pe_fx.plan`, as far as they are given."""
-    options: dict[str, Any] = {"share": _kinds(share), "entry": entry, "include": include, "exclude": exclude}
-    return options if rules is None else options | {"rules": _kinds(rules)}
-
-
-def _kinds(text: str) -> list[str]:
-    return [] if text == "none" else [kind.strip() for kind in text.split(",")]
-
-
-def read_plan(path: Path | None) -> Plan | None:
-    """A plan from JSON, or from the metadata of a tied model's weights."""
-    if path is None:
-        return None
-    if path.suffix == ".safetensors":
-        with _opened(path) as file:
-            text = (file.metadata() or {}).get("pe_fx_plan")
-        if text is None:
-            raise PeFxError(f"{path} has no plan in its metadata: pe-fx transform writes one")
-        return Plan.from_json(text)
-    try:
-        return Plan.from_json(path.read_text())
-    except (PeFxError, UnicodeDecodeError) as error:
-        raise PeFxError(f"{path}: {error}") from error
-
-
-def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Loads dense weights, strictly."""
-    if path.suffix == ".safetensors":
-        with _opened(path) as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    else:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # a damaged file raises anything
-            raise PeFxError(f"{path} is no checkpoint of weights alone: {type(error).__name__}") from error
-        weights = next((weights[key] for key in ("state_dict", "model") if isinstance(weights, dict) and key in weights), weights)
-    try:
-        result = model.load_state_dict(weights, strict=False)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise PeFxError(f"{path} does not fit the model: {textwrap.shorten(str(error), 300)}") from error
-    for names, what in ((result.missing_keys, "lacks"), (result.unexpected_keys, "has what the model has not:")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise PeFxError(f"{path} does not fit the model: it {what} {', '.join(names[:3])}{more}")
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise PeFxError("the tied weights are written with safetensors: pip install 'pe_fx[cli]'") from error
-    return safetensors.torch
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    _safetensors()
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except safetensors.SafetensorError as error:
-        raise PeFxError(f"{path} is no safetensors file: {error}") from error
-
-
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """A function that says on stderr what is going on, where that is a terminal."""
@@ -368,8 +265,49 @@ def progress() -> Iterator[Callable[[str], None]]:
     if not console.is_terminal:
         yield lambda step: None
         return
-    with console.status("") as status:
+    with console.status("importing torch …") as status:
         yield lambda step: status.update(f"{step} …")
+
+
+def plan_options(
+    plan: Path | None, rules: str | None, share: str | None, entry: str | None, include: list[str] | None, exclude: list[str] | None
+) -> dict[str, Any]:
+    """The options of `pe_fx.plan`, as far as they are given; a plan that is read brings its own."""
+    given = {"rules": rules and _kinds(rules), "share": share and _kinds(share), "entry": entry, "include": include, "exclude": exclude}
+    options = {name: value for name, value in given.items() if value is not None}
+    if plan is not None:
+        refuse("--plan has its options in it", options)
+    return options
+
+
+def _kinds(text: str) -> list[str]:
+    return [] if text == "none" else [kind.strip() for kind in text.split(",")]
+
+
+def refuse(why: str, given: Iterable[str]) -> None:
+    """Says of options that would be passed over in silence that they are to be left out."""
+    names = [f"--{name}" for name in given]
+    if names:
+        raise PeFxError(f"{why}: leave out {', '.join(names)}")
+
+
+def at_most_one(given: dict[str, object]) -> None:
+    """Refuses options that cannot be obeyed together."""
+    names = [name for name, value in given.items() if value]
+    if len(names) > 1:
+        raise PeFxError(f"{' and '.join(names)}: give one of them")
+
+
+def viewer() -> Callable[[Diff], None]:
+    """The interactive viewer, where there is a terminal for it."""
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # Textual draws on stderr
+    if not all(stream and stream.isatty() for stream in streams) or os.environ.get("TERM") == "dumb":
+        raise PeFxError("--tui needs a terminal: leave it out, or try --side-by-side")
+    try:
+        from pe_fx.diff.tui import Viewer
+    except ImportError as error:
+        raise PeFxError("--tui needs textual: pip install 'pe_fx[cli]'") from error
+    return lambda diff: Viewer(diff).run()
 
 
 def default_width() -> int:

@@ -26,8 +26,7 @@ from torch import nn
 
 from pe_fx.capture import ExampleInputs
 from pe_fx.errors import PeFxError
-
-FORMS = "timm:NAME, torchvision:NAME, transformers:MODEL_TYPE, package.module:callable, path/file.py:callable or model.pt2"
+from pe_fx.forms import FORMS
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def load(spec: str, inputs: Sequence[str] = (), *, on_meta: bool = False) -> Loa
     source, colon, rest = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
     name, *arguments = split_commas(rest)
     if not colon or not name:
-        guess = f" (timm:{spec}?)" if spec.isidentifier() else ""
+        guess = f" (timm:{spec}?)" if spec.isidentifier() and spec not in _LIBRARIES else ""
         raise PeFxError(f"{spec!r} is no model spec{guess}: write {FORMS}")
     options = dict(map(_option, arguments))
     if source in _LIBRARIES:

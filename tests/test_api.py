@@ -217,7 +217,7 @@ def test_inputs_that_do_not_fit() -> None:
 
 def test_inputs_that_were_derived_and_do_not_fit() -> None:
     model = Net(lambda m, x, y: m.mlp(x + y), mlp=mlp())
-    with pytest.raises(CaptureError, match=r"derived[\s\S]*pass example_inputs: a tensor, a tuple of positional or a dict"):
+    with pytest.raises(CaptureError, match=r"derived[\s\S]*pass example_inputs, a tensor, a tuple of positional or a dict"):
         pe_fx.plan(model)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from typer.testing import CliRunner, Result
 
 import pe_fx
 from pe_fx.cli import app
+from pe_fx.forms import KINDS
+from pe_fx.passes import DEFAULT_RULES
 
 SOURCE = """
 import time
@@ -40,6 +44,13 @@ class Net(nn.Module):
 
 def plain():
     return nn.Linear(3, 3)
+
+class Failing(nn.Linear):
+    def forward(self, x):
+        raise RuntimeError("captured")
+
+def failing():
+    return Failing(3, 3)
 
 def slow():
     print("building", flush=True)
@@ -117,6 +128,14 @@ def test_options_of_the_plan() -> None:
     assert sites("--input", "7x4") == ["blocks.0", "blocks.1", "blocks.2"]
 
 
+def test_a_plan_brings_its_own_options() -> None:
+    run("plan", "net.py:Net", "-o", "plan.json")
+    for command in (["plan"], ["diff"], ["transform", "-o", "tied.safetensors"]):
+        assert "leave out --entry, --include" in error(
+            *command, "net.py:Net", "--plan", "plan.json", "--include", "blocks.1", "--entry", "keep"
+        )
+
+
 def test_a_plan_of_another_model() -> None:
     run("plan", "net.py:Net", "-o", "plan.json")
     assert "the plan does not fit this Linear" in error("plan", "net.py:plain", "--plan", "plan.json")
@@ -161,10 +180,12 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(folder: Path) -> N
         "list.pt": "list.pt does not fit the model",
         "damaged.safetensors": "is no safetensors file",
         "damaged.pt": "is no checkpoint of weights alone",
-        "nowhere.pt": "No such file",
+        "nowhere.pt": "error: nowhere.pt: No such file",
         "nowhere.safetensors": "No such file",
     }.items():
         assert message in error("transform", "net.py:plain", "--checkpoint", name, "-o", "tied.safetensors")
+    assert "error: . is a folder" in error("transform", "net.py:plain", "-o", ".")
+    assert "/proc/x cannot be written" in error("transform", "net.py:plain", "-o", "/proc/x")
     assert "there is no folder nowhere" in error("transform", "net.py:plain", "-o", "nowhere/tied.safetensors")
     assert files(folder) == before
 
@@ -197,9 +218,10 @@ def test_diff_in_colours_on_request() -> None:
 
 
 def test_diff_of_a_model_with_itself_is_empty() -> None:
-    result = run("diff", "net.py:Net", "net.py:Net", "--exit-code")
-    assert not result.stdout
-    assert result.stderr == "no differences\n"
+    for form in ([], ["--stat"], ["--side-by-side"]):
+        result = run("diff", "net.py:Net", "net.py:Net", "--exit-code", *form)
+        assert not result.stdout
+        assert result.stderr == "no differences\n"
 
 
 def test_exit_code_of_differences() -> None:
@@ -211,6 +233,16 @@ def test_exit_code_of_differences() -> None:
 def test_diff_with_an_exported_program() -> None:
     torch.export.save(torch.export.export(nn.Linear(3, 3), (torch.ones(5, 3),)), "plain.pt2")
     run("diff", "net.py:plain", "plain.pt2", "--exit-code")
+
+
+def test_two_models_are_compared_as_they_are() -> None:
+    assert "leave out --share, --misses" in error("diff", "net.py:Net", "net.py:plain", "--share", "none", "--misses")
+
+
+def test_which_of_two_models_failed() -> None:
+    torch.export.save(torch.export.export(nn.Linear(3, 3), (torch.ones(5, 3),)), "plain.pt2")
+    assert "error: net.py:Net: Net could not be captured" in error("diff", "plain.pt2", "net.py:Net")
+    assert "did you mean resnet50" in error("diff", "net.py:failing", "timm:resnet5"), "names are looked up before anything is captured"
 
 
 def test_diff_as_json() -> None:
@@ -232,6 +264,31 @@ def test_stat_side_by_side_and_misses() -> None:
     assert "near miss" in run("diff", "net.py:Net", "--misses").stdout
 
 
+def test_the_viewer_needs_a_terminal() -> None:
+    assert "--tui needs a terminal" in error("diff", "net.py:Net", "--tui")
+
+
+def test_the_viewer_on_a_terminal() -> None:
+    terminal, inside = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
+    arguments = command("diff", "net.py:Net", "--tui", "--exit-code")
+    with subprocess.Popen(arguments, stdin=inside, stdout=inside, stderr=inside, env=environment) as process:
+        os.close(inside)
+        drawn = b""
+        while b"Quit" not in drawn:
+            drawn += os.read(terminal, 65536)
+        os.write(terminal, b"q")
+        with contextlib.suppress(OSError):  # closed at the other end
+            while os.read(terminal, 65536):
+                pass
+    os.close(terminal)
+    assert process.returncode == 1
+
+
+def test_one_form_at_a_time() -> None:
+    assert "--stat and --json: give one of them" in error("diff", "net.py:Net", "--json", "--stat")
+
+
 # ---- how it ends
 
 
@@ -241,6 +298,13 @@ def test_help_teaches_by_example() -> None:
     assert "Exit codes: 0 done, 1 differences" in " ".join(shown.split())
     for command in ("plan", "transform", "diff"):
         assert f"  pe-fx {command} timm:" in run(command, "--help").stdout
+
+
+def test_help_comes_at_once_and_knows_the_rules() -> None:
+    code = "import sys; from pe_fx.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("\nFalse\n")
+    assert {rule.kind for rule in DEFAULT_RULES} == set(KINDS)
 
 
 @pytest.mark.parametrize("command", [["plan"], ["diff"], ["diff", "net.py:plain"], ["transform", "-o", "x.safetensors"]])

@@ -1,0 +1,5 @@
+"""How models and kinds of sites are written on the command line; its help shows them without importing torch."""
+
+FORMS = "timm:NAME, torchvision:NAME, transformers:MODEL_TYPE, package.module:callable, path/file.py:callable or model.pt2"
+
+KINDS = ("mlp", "glu", "attention", "bottleneck", "squeeze_excite")

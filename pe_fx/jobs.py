@@ -1,0 +1,160 @@
+"""What the commands do, apart from reading their options and showing what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+import pe_fx
+from pe_fx.diff import Diff, Graph, compare, diff_transform
+from pe_fx.errors import CaptureError, PeFxError
+from pe_fx.files import whole_file
+from pe_fx.specs import Loaded, load
+from pe_fx.ties import Plan
+
+Result = TypeVar("Result")
+Say = Callable[[str], None]
+
+
+def planned(spec: str, inputs: Sequence[str], options: dict[str, Any], read: Plan | None, say: Say) -> Plan:
+    """The model's plan; one that was read is checked to fit."""
+
+    def plan_it(loaded: Loaded) -> Plan:
+        if read is not None:
+            say("checking the plan")
+            pe_fx.apply(loaded.model, read, inplace=True)
+            return read
+        say(f"planning {spec}")
+        return pe_fx.plan(loaded.model, loaded.example_inputs, **options)
+
+    return _used(_built(spec, inputs, say), inputs, plan_it, say)
+
+
+def write_tied(
+    spec: str,
+    output: Path,
+    inputs: Sequence[str],
+    options: dict[str, Any],
+    read: Plan | None,
+    checkpoint: Path | None,
+    init: str,
+    say: Say,
+) -> Plan:
+    """Ties the model and writes its weights, with the plan in the metadata; returns the plan."""
+    with whole_file(output) as draft:
+        save = _safetensors().save_model
+        loaded = _built(spec, inputs, say, on_meta=False)
+        if checkpoint is not None:
+            say(f"reading {checkpoint}")
+            load_checkpoint(loaded.model, checkpoint)
+        say("planning")
+        made = pe_fx.plan(loaded.model, loaded.example_inputs, **options) if read is None else read
+        tied = pe_fx.apply(loaded.model, made, init=init)
+        say(f"writing {output}")
+        save(tied, str(draft), metadata={"format": "pt", "pe_fx_plan": made.to_json(), "pe_fx_spec": spec})
+    return made
+
+
+def diff_of_transform(spec: str, inputs: Sequence[str], options: dict[str, Any], read: Plan | None, say: Say) -> Diff:
+    def diff_it(loaded: Loaded) -> Diff:
+        say(f"comparing {spec} with its tied self")
+        return diff_transform(loaded.model, loaded.example_inputs, made=read, name=spec, **options)
+
+    return _used(_built(spec, inputs, say), inputs, diff_it, say)
+
+
+def diff_of_two(first: str, second: str, inputs: Sequence[str], say: Say) -> Diff:
+    """Compares two models on the same inputs: those given, else those that an exported program keeps."""
+    on_meta = bool(inputs) or not any(spec.endswith(".pt2") for spec in (first, second))
+    both = [_built(spec, inputs, say, on_meta=on_meta) for spec in (first, second)]
+    known = next((loaded.example_inputs for loaded in both if loaded.example_inputs is not None), None)
+
+    def picture(loaded: Loaded) -> Graph:
+        say(f"capturing {loaded.spec}")
+        return Graph.of(loaded.model, loaded.example_inputs if loaded.example_inputs is not None else known, loaded.spec)
+
+    before, after = (_used(loaded, inputs, picture, say) for loaded in both)
+    say("aligning")
+    return compare(before, after)
+
+
+def _built(spec: str, inputs: Sequence[str], say: Say, on_meta: bool = True) -> Loaded:
+    say(f"building {spec}")
+    return load(spec, inputs, on_meta=on_meta)
+
+
+def _used(loaded: Loaded, inputs: Sequence[str], use: Callable[[Loaded], Result], say: Say) -> Result:
+    """What `use` makes of a model; one without memory for its weights whose graph cannot be captured so is built with."""
+    if any(parameter.is_meta for parameter in loaded.model.parameters()):
+        with contextlib.suppress(CaptureError):
+            return use(loaded)
+        loaded = _built(loaded.spec, inputs, say, on_meta=False)
+    try:
+        return use(loaded)
+    except CaptureError as error:
+        raise CaptureError(f"{loaded.spec}: {error}") from error
+
+
+def read_plan(path: Path | None) -> Plan | None:
+    """A plan from JSON, or from the metadata of a tied model's weights."""
+    if path is None:
+        return None
+    if path.suffix == ".safetensors":
+        with _opened(path) as file:
+            text = (file.metadata() or {}).get("pe_fx_plan")
+        if text is None:
+            raise PeFxError(f"{path} has no plan in its metadata: pe-fx transform writes one")
+        return Plan.from_json(text)
+    try:
+        return Plan.from_json(path.read_text())
+    except (PeFxError, UnicodeDecodeError) as error:
+        raise PeFxError(f"{path}: {error}") from error
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Loads dense weights, strictly."""
+    if path.suffix == ".safetensors":
+        with _opened(path) as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    else:
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # a damaged file raises anything
+            raise PeFxError(f"{path} is no checkpoint of weights alone: {type(error).__name__}") from error
+        weights = next((weights[key] for key in ("state_dict", "model") if isinstance(weights, dict) and key in weights), weights)
+    try:
+        result = model.load_state_dict(weights, strict=False)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise PeFxError(f"{path} does not fit the model: {textwrap.shorten(str(error), 300)}") from error
+    for names, what in ((result.missing_keys, "lacks"), (result.unexpected_keys, "has what the model has not:")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise PeFxError(f"{path} does not fit the model: it {what} {', '.join(names[:3])}{more}")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise PeFxError("the tied weights are written with safetensors: pip install 'pe_fx[cli]'") from error
+    return safetensors.torch
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    _safetensors()
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise PeFxError(f"{path} is no safetensors file: {error}") from error
