@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from pe_fx.cli import app
@@ -30,3 +32,15 @@ def test_outputs_are_what_the_commands_print() -> None:
 
 def test_documented_commands_are_marked_for_ci() -> None:
     assert re.findall(r"^<!-- ci: (\w+) -->\n```bash$", README.read_text(), re.MULTILINE) == ["run", "tests"]
+
+
+def test_sweep_tables_are_those_of_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made by `python examples/sweep.py --summary`, never by hand."""
+    monkeypatch.syspath_prepend(README.parent / "examples")
+    import sweep_summary
+
+    with (README.parent / "examples" / "sweep.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    text = README.read_text(encoding="utf-8")
+    assert sweep_summary.outcomes(rows) in text
+    assert sweep_summary.paper(rows) in text
