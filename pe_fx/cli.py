@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import nn
 
 import pe_fx
-from pe_fx.diff import Diff, Graph, compare, diff_transform, report, terminal
+from pe_fx.diff import Diff, Graph, compare, diff_transform, page, picture, report, terminal
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import whole_file
 from pe_fx.passes import DEFAULT_RULES
@@ -203,6 +203,10 @@ def diff_command(
     plan: FromPlan = None,
     side_by_side: Annotated[bool, typer.Option("--side-by-side", "-y", help="Two columns.")] = False,
     stat: Annotated[bool, typer.Option("--stat", help="One line a change.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="A page for a browser: both graphs side by side.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="A picture of the model, or of --module.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="The same as PNG, drawn with resvg-py.")] = None,
+    module: Annotated[str, typer.Option("--module", metavar="PATH", help="What --svg and --png show, e.g. layer4.1.")] = "",
     fold: Annotated[bool, typer.Option(help="Fold blocks that changed like the one before them.")] = True,
     misses: Misses = False,
     as_json: AsJson = False,
@@ -218,6 +222,10 @@ def diff_command(
     pe-fx diff timm:resnet50 --entry expand --side-by-side --misses
     pe-fx diff timm:resnet50 timm:resnet101 --stat
     pe-fx diff timm:resnet50 exported.pt2 --exit-code
+    pe-fx diff timm:resnet50 --html diff.html
+    pe-fx diff timm:resnet50 --svg layer4.svg --module layer4
+
+    With --html, --svg or --png only the summary is printed.
     """
     options = plan_options(rules, share, entry, include, exclude)
     with progress() as say:
@@ -225,13 +233,14 @@ def diff_command(
             found = diff_of_transform(spec, input or (), options, read_plan(plan), say)
         else:
             found = diff_of_two(spec, other, input or (), say)
+        write_drawings(found, html, svg, png, module, say)
     if as_json:
         print(found.to_json())
     else:
         columns = width or default_width()
         if stat:
             show(terminal.stat(found, columns), color, columns)
-        elif found:
+        elif found and not (html or svg or png):
             show((terminal.side_by_side if side_by_side else terminal.unified)(found, columns, fold=fold), color, columns)
         if misses:
             show(terminal.misses(found, columns), color, columns)
@@ -241,6 +250,16 @@ def diff_command(
             print(terminal.summary(found).plain, file=sys.stderr)
     if exit_code and found:
         raise typer.Exit(DIFFERENT)
+
+
+def write_drawings(found: Diff, html: Path | None, svg: Path | None, png: Path | None, module: str, say: Callable[[str], None]) -> None:
+    if html is not None:
+        say(f"writing {html}")
+        page.write_page(found, html)
+    for path, write in ((svg, picture.write_svg), (png, picture.write_png)):
+        if path is not None:
+            say(f"writing {path}")
+            write(found, path, module)
 
 
 def planned(spec: str, inputs: Sequence[str], options: dict[str, Any], read: Plan | None, say: Callable[[str], None]) -> Plan:

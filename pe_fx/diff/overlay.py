@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from pe_fx.diff.changes import Change, Diff, Edit
@@ -37,13 +36,12 @@ Routes = dict[tuple[int, int], list[Point]]
 class Part:
     """A module, or an operation where it stands in either graph (None: it is not there).
 
-    `name` is what it is called inside its parent. `children` are numbers of parts in dataflow order. `changes` are the numbers of the
-    changes that it holds, `delta` the parameters that those add which are wholly inside.
+    `module` is its path, or that of the module that runs it, as before. `children` are numbers of parts in dataflow order. `changes`
+    are the numbers of the changes that it holds, `delta` the parameters that those add which are wholly inside.
     """
 
     parent: int
     module: str
-    name: str
     before: Node | None = None
     after: Node | None = None
     children: list[int] = field(default_factory=list)
@@ -61,20 +59,21 @@ class Overlay:
     >>> from torch import nn
     >>> from pe_fx.diff.changes import diff_transform
     >>> overlay = Overlay(diff_transform(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))))
-    >>> [(part.name, part.after.op) for part in overlay.parts if not part.is_module]
+    >>> [(part.module, part.after.op) for part in overlay.parts if not part.is_module]
     [('', 'input'), ('0', 'linear'), ('1', 'gelu'), ('2', 'linear'), ('', 'output')]
     >>> overlay.edges
     {(1, 2): 3, (2, 3): 3, (3, 4): 3, (4, 5): 3}
 
-    A module that holds one part alone is left out; that part bears its name.
+    A module that holds one part alone is left out; that part stands in its place.
     """
 
     def __init__(self, diff: Diff) -> None:
         self.diff = diff
         self.after_name = {old: new for new, old in reversed(_homes(diff).items())}
-        self.parts = [Part(-1, "", "")]
+        self.parts = [Part(-1, "")]
         self.modules = {"": ROOT}
         of_before, of_after = self._place()
+        self.links = _links(diff, of_before)
         self.edges: dict[tuple[int, int], int] = {}
         for graph, numbers, side in ((diff.before, of_before, BEFORE), (diff.after, of_after, AFTER)):
             for node in graph.nodes.values():
@@ -85,7 +84,7 @@ class Overlay:
         for number, change in enumerate(diff.changes):
             held = []
             for edit in change.edits:
-                held.append(of_after[edit.after] if edit.before is None else of_before[edit.before])
+                held.append(of_before[edit.before] if edit.before is not None else of_after[edit.after or ""])
                 self.edit[held[-1]] = change, edit
             chains = [self.chain(part) for part in held]
             for part in set().union(*chains):
@@ -112,10 +111,10 @@ class Overlay:
             for path in chain[1:]:
                 if crowd[path] > 1:
                     if path not in self.modules:
-                        self.modules[path] = self._add(Part(around, path, self._inside(path, around)))
+                        self.modules[path] = self._add(Part(around, path))
                     around = self.modules[path]
             before, after = self.diff.before.nodes.get(id or ""), self.diff.after.nodes.get(other or "")
-            part = self._add(Part(around, chain[-1], self._inside(chain[-1], around), before, after))
+            part = self._add(Part(around, chain[-1], before, after))
             if id is not None:
                 of_before[id] = part
             if other is not None:
@@ -126,10 +125,6 @@ class Overlay:
         self.parts.append(part)
         self.parts[part.parent].children.append(len(self.parts) - 1)
         return len(self.parts) - 1
-
-    def _inside(self, path: str, around: int) -> str:
-        outer = self.parts[around].module
-        return path.removeprefix(outer).removeprefix(".")
 
     def chain(self, part: int) -> list[int]:
         """A part and the modules around it, innermost first."""
@@ -153,24 +148,23 @@ class Overlay:
             return sum(side for side in (BEFORE, AFTER) if part == ROOT or any(self.sides(child) & side for child in it.children))
         return BEFORE * (it.before is not None) + AFTER * (it.after is not None)
 
-    def labels(self, part: int, side: int) -> tuple[str, str]:
-        """Two lines to be written into a part: what it is, and what it works with."""
+    def labels(self, part: int, side: int, around: int | None = None) -> tuple[str, str]:
+        """Two lines to be written into a part: what it is, named as inside of `around`, and what it works with."""
         it = self.parts[part]
+        outer = self.path(it.parent if around is None else around, side) if part != ROOT else ""
         if it.is_module:
             path = self.path(part, side)
             count = len(it.changes)
             held = [f"{count} change{'s' * (count != 1)}"] * bool(count) + [signed(it.delta)] * bool(it.delta)
-            name = within(f"{path}.", self.path(it.parent, side)).removesuffix(".") if part != ROOT else self.graph(side).name
+            name = _inside(path, outer) or self.graph(side).name
             return f"{name}  {self.graph(side).modules.get(path, '')}".strip(), ", ".join(held)
         node = it.before if side == BEFORE else it.after
         assert node is not None
-        around = self.path(it.parent, side)
-        name = within(f"{node.module}.", around).removesuffix(".") if node.module != around else ""
         weight = next(iter(node.operands), None)
         detail = shaped(node.shape) if node.dtype else ""
         if weight is not None:
-            detail = f"{within(str(weight), around)} {shaped(weight.shape) if weight.is_whole else ''}".strip()
-        return f"{name}  {node.op}".strip(), detail
+            detail = f"{within(str(weight), outer)} {shaped(weight.shape) if weight.is_whole else ''}".strip()
+        return f"{_inside(node.module, outer)}  {node.op}".strip(), detail
 
     def opened(self, start: int = ROOT) -> list[int]:
         """The modules to unfold: those with changes, level by level, as long as there is room."""
@@ -186,9 +180,21 @@ class Overlay:
             found += level
         return found
 
-    def visible(self, opened: Collection[int]) -> list[int]:
-        """The parts inside of what is unfolded that are not themselves."""
-        return [child for part in opened for child in self.parts[part].children if child not in opened]
+    def unfolded(self, start: int) -> tuple[list[int], dict[tuple[int, int], int], list[tuple[int, int]]]:
+        """What is to be seen of a module at first: the parts, the edges between them, from `ENTRY` and to `EXIT`, and the links."""
+        opened = set(self.opened(start))
+        shown = sorted(child for part in opened for child in self.parts[part].children if child not in opened)
+        stands: dict[int, int] = {part: part for part in shown}
+        for part, it in enumerate(self.parts):
+            if it.parent in stands:  # parents come first
+                stands[part] = stands[it.parent]
+        edges: dict[tuple[int, int], int] = {}
+        for (source, target), sides in self.edges.items():
+            edge = stands.get(source, ENTRY), stands.get(target, EXIT)
+            if edge[0] != edge[1] and edge != (ENTRY, EXIT):
+                edges[edge] = edges.get(edge, 0) | sides
+        links = {(stands[source], stands[target]): None for source, target in self.links if source in stands and target in stands}
+        return shown, edges, [link for link in links if link[0] != link[1]]
 
     def module(self, path: str) -> int:
         """The number of a module. Raises `PeFxError` where there is none to be drawn."""
@@ -231,11 +237,32 @@ def _nodes(diff: Diff) -> list[tuple[str | None, str | None, str]]:
         if id in partner:
             last = order[partner[id]]
         else:
-            home = next((path for path in reversed(path_to(node.module)) if path in homes), "")
-            module = re.sub(rf"^{re.escape(home)}(?=\.|$)", lambda _, home=home: homes[home], node.module) if home else node.module  # type: ignore[misc]
-            found.append((last, place, None, id, module.removeprefix(".")))
+            known = next((path for path in reversed(path_to(node.module)) if path in homes), "")
+            module = f"{homes.get(known, '')}{node.module.removeprefix(known)}"
+            found.append((last, place, None, id, module))
     found.sort(key=lambda entry: entry[:2])
     return [entry[2:] for entry in found]
+
+
+def _links(diff: Diff, of_before: dict[str, int]) -> list[tuple[int, int]]:
+    """From the first operation that applies the source of a tie to each that applies what is tied to it."""
+    applied = {name: [of_before[id] for id in ids] for name, ids in diff.before.readers.items()}
+    return [
+        (source, target)
+        for name, views in diff.shared.items()
+        for source in applied.get(name, ())[:1]
+        for view in views
+        for target in applied.get(view, ())
+        if source != target
+    ]
+
+
+def _inside(path: str, outer: str) -> str:
+    """
+    >>> _inside("blocks.0.fc1", "blocks.0"), _inside("blocks.0", "blocks.0")
+    ('fc1', '')
+    """
+    return within(f"{path}.", outer).removesuffix(".") if path != outer else ""
 
 
 def _homes(diff: Diff) -> dict[str, str]:
@@ -257,10 +284,13 @@ def layered(parts: list[int], edges: Iterable[tuple[int, int]]) -> tuple[dict[in
     >>> layered([7, 8, 9], [(7, 8), (8, 9), (7, 9)])
     ({7: (0.0, 0), 8: (0.75, 1), 9: (0.0, 2)}, {(7, 8): [], (7, 9): [(0.0, 1)], (8, 9): []})
 
-    An edge against the order, as modules have that run twice, is laid out like one along it.
+    An edge against the order, as modules have that run twice, is laid out like one along it: the layout knows no cycles.
+    Raises `PeFxError` where fast-sugiyama is missing.
     """
-    from fast_sugiyama import from_edges
-
+    try:
+        from fast_sugiyama import from_edges
+    except ImportError as error:
+        raise PeFxError("graphs are laid out with fast-sugiyama: pip install 'pe_fx[cli]'") from error
     number = {part: place for place, part in enumerate(parts)}
     forward = {(min(pair), max(pair)) for source, target in edges if (pair := (number[source], number[target]))[0] != pair[1]}
     forward = _shortest(len(parts), forward)

@@ -60,6 +60,7 @@ def described(diff: Diff) -> dict[str, Any]:
         "summary": summary(diff).plain,
         "parts": parts,
         "edges": [[*edge, sides] for edge, sides in overlay.edges.items()],
+        "links": overlay.links,
         "opened": overlay.opened(),
     }
 

@@ -267,14 +267,9 @@ function viewerOf(data) {
 
   function linksOf() {
     const found = new Set();
-    for (const [source, views] of Object.entries(diff.shared)) {
-      const from = (readers.after.get(source) ?? []).find((part) => (parts[part].before?.operands ?? []).some(([, names]) => names.includes(source)));
-      if (from === undefined) continue;
-      for (const view of views) {
-        for (const part of readers.before.get(view) ?? []) {
-          if (parts[part].after && shownAs[part] !== shownAs[from]) found.add(`${shownAs[from]} ${shownAs[part]}`);
-        }
-      }
+    for (const [source, target] of data.links) {
+      const a = shownAs[source], b = shownAs[target];
+      if (a !== b && parts[a].after && parts[b].after) found.add(`${a} ${b}`);
     }
     return [...found].map((key) => {
       const [source, target] = key.split(" ");
