@@ -6,6 +6,9 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
 
 from pe_fx.diff.changes import Change, Diff, Edit
 from pe_fx.diff.graph import Graph, Node, path_to
@@ -21,6 +24,9 @@ BEFORE, AFTER = 1, 2
 
 ROOM = 40
 """Parts that are shown at first."""
+
+MOST, RUN = 250, 100
+"""A module of more children than the first is shown in runs of the second: no browser draws thousands at once."""
 
 BENDS = 1000
 """Layers that the edges of one module may pass in all: crossings are minimised among these. Longer ones are drawn as they come."""
@@ -111,10 +117,10 @@ class Overlay:
             for path in chain[1:]:
                 if crowd[path] > 1:
                     if path not in self.modules:
-                        self.modules[path] = self._add(Part(around, path))
+                        self.modules[path] = self._add(Part(self._run(around, crowd), path))
                     around = self.modules[path]
             before, after = self.diff.before.nodes.get(id or ""), self.diff.after.nodes.get(other or "")
-            part = self._add(Part(around, chain[-1], before, after))
+            part = self._add(Part(self._run(around, crowd), chain[-1], before, after))
             if id is not None:
                 of_before[id] = part
             if other is not None:
@@ -125,6 +131,19 @@ class Overlay:
         self.parts.append(part)
         self.parts[part.parent].children.append(len(self.parts) - 1)
         return len(self.parts) - 1
+
+    def _run(self, around: int, crowd: Counter[str]) -> int:
+        """Who is the parent of a module's next child: itself, or the run that is not full."""
+        it = self.parts[around]
+        if crowd[it.module] <= MOST:
+            return around
+        if not it.children or len(self.parts[it.children[-1]].children) == RUN:
+            self._add(Part(around, it.module))
+        return it.children[-1]
+
+    def is_run(self, part: int) -> bool:
+        it = self.parts[part]
+        return it.is_module and part != ROOT and self.parts[it.parent].module == it.module
 
     def chain(self, part: int) -> list[int]:
         """A part and the modules around it, innermost first."""
@@ -156,6 +175,9 @@ class Overlay:
             path = self.path(part, side)
             count = len(it.changes)
             held = [f"{count} change{'s' * (count != 1)}"] * bool(count) + [signed(it.delta)] * bool(it.delta)
+            if self.is_run(part):
+                first = self.parts[it.parent].children.index(part) * RUN
+                return f"{first + 1} … {first + len(it.children)}", ", ".join(held)
             name = _inside(path, outer) or self.graph(side).name
             return f"{name}  {self.graph(side).modules.get(path, '')}".strip(), ", ".join(held)
         node = it.before if side == BEFORE else it.after
@@ -282,7 +304,7 @@ def layered(parts: list[int], edges: Iterable[tuple[int, int]]) -> tuple[dict[in
     """Where parts in dataflow order stand, and where edges bend that pass a layer.
 
     >>> layered([7, 8, 9], [(7, 8), (8, 9), (7, 9)])
-    ({7: (0.0, 0), 8: (0.75, 1), 9: (0.0, 2)}, {(7, 8): [], (7, 9): [(0.0, 1)], (8, 9): []})
+    ({7: (0.25, 0), 8: (0.75, 1), 9: (0.25, 2)}, {(7, 8): [], (7, 9): [(0.0, 1)], (8, 9): []})
 
     An edge against the order, as modules have that run twice, is laid out like one along it: the layout knows no cycles.
     Raises `PeFxError` where fast-sugiyama is missing.
@@ -293,24 +315,21 @@ def layered(parts: list[int], edges: Iterable[tuple[int, int]]) -> tuple[dict[in
         raise PeFxError("graphs are laid out with fast-sugiyama: pip install 'pe_fx[cli]'") from error
     number = {part: place for place, part in enumerate(parts)}
     forward = {(min(pair), max(pair)) for source, target in edges if (pair := (number[source], number[target]))[0] != pair[1]}
-    forward = _shortest(len(parts), forward)
-    linked = sorted({place for pair in forward for place in pair})  # the layout counts from 0 without gaps
-    index = {place: at for at, place in enumerate(linked)}
-    points: dict[int, Point] = {}
-    following: dict[int, list[int]] = {}
+    pieces: nx.Graph[int] = nx.Graph(_shortest(len(parts), forward))
+    where: dict[int, Point] = {}
+    routes: Routes = {}
     left = 0.0
-    layouts = from_edges([(index[a], index[b]) for a, b in sorted(forward)], vertex_spacing=100) if forward else []
-    for positions, *_, drawn in sorted(layouts, key=lambda layout: min(id for id, _ in layout[0])):
-        xs, ys = [xy[0] for _, xy in positions], [xy[1] for _, xy in positions]
-        for id, (x, y) in positions:
-            points[int(id)] = (round(left + (x - min(xs)) / 100, 2), round((max(ys) - y) / 100))
-        for source, target in drawn or ():
-            following.setdefault(int(source), []).append(int(target))
-        left += (max(xs) - min(xs)) / 100 + 1
-    alone = [place for place in range(len(parts)) if place not in index]
-    where = {linked[id]: point for id, point in points.items() if id < len(linked)}
+    for piece in sorted(map(sorted, nx.connected_components(pieces))):
+        index = {place: at for at, place in enumerate(piece)}  # the layout counts from 0 without gaps, and bends from there on
+        pairs = sorted((index[a], index[b]) for a, b in map(sorted, pieces.subgraph(piece).edges))
+        ((positions, *_, drawn),) = from_edges(pairs, vertex_spacing=100)
+        x0, y0 = min(x for _, (x, _) in positions), max(y for _, (_, y) in positions)
+        points = {int(id): (round(left + (x - x0) / 100, 2), round((y0 - y) / 100)) for id, (x, y) in positions}
+        left = max(x for x, _ in points.values()) + 1
+        where |= {place: points[at] for place, at in index.items()}
+        routes |= {(piece[a], piece[b]): bends for a, b, bends in _routes(points, drawn or (), len(piece))}
+    alone = (place for place in range(len(parts)) if place not in where)
     where |= {place: (left, layer) for layer, place in enumerate(alone)}
-    routes = {(linked[s], linked[t]): way for s in range(len(linked)) for t, way in _routes(s, following, points, len(linked))}
     return {part: where[place] for place, part in enumerate(parts)}, {(parts[a], parts[b]): routes[a, b] for a, b in sorted(routes)}
 
 
@@ -324,11 +343,15 @@ def _shortest(count: int, edges: set[tuple[int, int]]) -> set[tuple[int, int]]:
     return {(source, target) for (_, source, target), bends in zip(spans, passed, strict=True) if bends <= BENDS}
 
 
-def _routes(source: int, following: dict[int, list[int]], points: dict[int, Point], count: int) -> Iterator[tuple[int, list[Point]]]:
-    """The edges from a part: where each ends, and the bends between; what is numbered `count` or more is a bend."""
-    for target in following.get(source, ()):
-        way: list[Point] = []
-        while target >= count:
-            way.append(points[target])
-            (target,) = following[target]
-        yield target, way
+def _routes(points: dict[int, Point], drawn: Iterable[tuple[Any, Any]], count: int) -> Iterator[tuple[int, int, list[Point]]]:
+    """For each edge its ends and the bends between; what is numbered `count` or more is a bend."""
+    following: dict[int, list[int]] = {}
+    for source, target in drawn:
+        following.setdefault(int(source), []).append(int(target))
+    for source in range(count):
+        for target in following.get(source, ()):
+            bends: list[Point] = []
+            while target >= count:
+                bends.append(points[target])
+                (target,) = following[target]
+            yield source, target, bends

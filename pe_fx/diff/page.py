@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import html
 import json
 import re
@@ -86,9 +85,15 @@ def _part(overlay: Overlay, number: int) -> dict[str, Any]:
 
 def _node(node: Node) -> dict[str, Any]:
     """As it is shown in detail. `path` is the module's."""
-    told = dataclasses.asdict(node) | {"path": node.module, "shape": shaped(node.shape) if node.dtype else ""}
-    told["operands"] = [[str(operand), operand.names, shaped(operand.shape)] for operand in node.operands]
-    return {name: value for name, value in told.items() if name not in ("inputs", "module", "kind")}
+    return {
+        "path": node.module,
+        "op": node.op,
+        "id": node.id,
+        "operands": [[str(operand), operand.names, shaped(operand.shape)] for operand in node.operands],
+        "settings": node.settings,
+        "shape": shaped(node.shape) if node.dtype else "",
+        "dtype": node.dtype,
+    }
 
 
 def _asset(name: str) -> str:

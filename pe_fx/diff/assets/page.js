@@ -37,6 +37,9 @@ function fitted(text, room = WIDTH - 12) {
   return cut();
 }
 
+const tag = (kind, text = kind) =>
+  element("span", { class: `tag ${["added", "removed", "changed", "renamed"].includes(kind) ? kind : "site"}` }, text);
+
 // ---- where parts are
 
 /** Places what is visible: for each part shown its centre and size, for each unfolded module the layers of its children. */
@@ -369,7 +372,7 @@ function viewerOf(data) {
     const change = diff.changes[current];
     const held = partsOf(current);
     const module = parts.findIndex((part) => part.children && part.before?.path === change.module);
-    const shown = held.length ? held : module > 0 ? [module] : [];
+    const shown = held.length ? held.slice(0, 40) : module > 0 ? [module] : [];
     reveal(shown);
     select(shown[0] ?? null);
     if (!held.length) $("details").replaceChildren(...changeDetails(current));
@@ -409,7 +412,7 @@ function viewerOf(data) {
   function detailsOf(number) {
     const part = parts[number], { before, after } = part;
     const head = [element("h3", {}, pathOf(number) || (part.children ? diff.before.name : opOf(number))),
-      ...(part.edit ? [element("p", {}, element("span", { class: `tag ${part.edit.kind}` }, part.edit.kind), part.edit.what.length ? ` in ${part.edit.what.join(", ")}` : "")] : [])];
+      ...(part.edit ? [element("p", {}, tag(part.edit.kind), part.edit.what.length ? ` in ${part.edit.what.join(", ")}` : "")] : [])];
     if (part.children) {
       head.push(element("table", {}, ...rows([["class", before?.class, after?.class], ["path", before?.path, after?.path]])));
       if (part.delta) head.push(element("p", {}, `${signed(part.delta)} parameters`));
@@ -436,7 +439,7 @@ function viewerOf(data) {
     };
     const kind = change.treatment ? `${change.kind} (${change.treatment})` : change.kind;
     return [element("h4", {}, "change"),
-      element("p", {}, element("span", { class: `tag ${["added", "removed"].includes(change.kind) ? change.kind : "site"}` }, kind),
+      element("p", {}, tag(change.kind, kind),
         ` ${change.module}${change.module_after ? ` → ${change.module_after}` : ""} `, element("small", {}, signed(change.delta))),
       element("ul", {}, ...change.weights.map(weight)),
       change.ties.length ? element("p", {}, element("small", {}, "ties: "), change.ties.join("; ")) : null,
@@ -448,7 +451,7 @@ function viewerOf(data) {
     $("tab-misses").textContent = `Near misses (${diff.misses.length})`;
     $("changes").replaceChildren(...diff.changes.map((change, number) => element("li", {},
       element("button", { onclick: () => gotoChange(number) },
-        element("span", { class: `tag ${["added", "removed"].includes(change.kind) ? change.kind : "site"}` }, change.kind),
+        tag(change.kind),
         element("span", { class: "where" }, (change.module || "the model") + (change.module_after ? ` → ${change.module_after}` : "")),
         element("span", { class: "delta" }, change.delta ? signed(change.delta) : "")))));
     $("misses").replaceChildren(...diff.misses.map((miss) => {
