@@ -25,6 +25,10 @@ function element(tag, attributes = {}, ...children) {
 const signed = (number) => (number > 0 ? "+" : number < 0 ? "−" : "") + Math.abs(number).toLocaleString("en");
 const shaped = (shape) => (shape === null ? "none" : shape.join("×") || "scalar");
 
+/** Parameter names as they are called inside the module. */
+const within = (text, module) =>
+  module ? text.replace(new RegExp(`(?<![\\w.])${module.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")}\\.`, "g"), "") : text;
+
 const brush = document.createElement("canvas").getContext("2d");
 const widthOf = (text) => brush.measureText(text).width;
 
@@ -123,8 +127,8 @@ function way(parts, { inner }, source, target) {
     const [a, b] = [it.ends[first], it.ends[second]];
     if (!a || !b || a.layer >= b.layer) return null;
     const across = (end, side) => { // an edge meets an unfolded module where that has its entry or exit
-      const within = inner.get(end.part);
-      return within?.ends[side] ? within.x + within.ends[side].x : it.x + end.x;
+      const box = inner.get(end.part);
+      return box?.ends[side] ? box.x + box.ends[side].x : it.x + end.x;
     };
     const top = (layer) => it.y + it.tops[layer], bottom = (layer) => top(layer) + it.heights[layer];
     points.push([across(a, EXIT), bottom(a.layer)]);
@@ -420,7 +424,7 @@ function viewerOf(data) {
       return [...head, ...(part.changes.length ? [element("h4", {}, "changes inside"), element("ul", {}, ...part.changes.slice(0, 40).map((change) =>
         element("li", {}, element("button", { class: "jump", onclick: () => gotoChange(change) }, `${diff.changes[change].kind} ${diff.changes[change].module}`))))] : [])];
     }
-    const operands = (side) => side && side.operands.map(([text, , shape]) => `${side.path ? text.replaceAll(`${side.path}.`, "") : text} ${shape}`).join(", ");
+    const operands = (side) => side && side.operands.map(([text, , shape]) => `${within(text, side.path)} ${shape}`).join(", ");
     head.push(element("table", {}, element("tr", {}, element("th"), element("th", {}, "before"), element("th", {}, "after")),
       ...rows([["operation", before?.op, after?.op], ["weights", operands(before), operands(after)], ["settings", before?.settings, after?.settings],
         ["shape", before?.shape, after?.shape], ["dtype", before?.dtype, after?.dtype], ["node", before?.id, after?.id]])));
@@ -435,14 +439,13 @@ function viewerOf(data) {
     const weight = ({ name, before, after, view }) => {
       const same = JSON.stringify(before) === JSON.stringify(after);
       const now = same ? "" : [after === null ? (view ? "" : "none") : shaped(after), view].filter(Boolean).join(", ");
-      return element("li", {}, `${name} ${shaped(before)}${now ? ` → ${now}` : ""}`);
+      return element("li", {}, within(`${name} ${shaped(before)}${now ? ` → ${now}` : ""}`, change.module));
     };
     const kind = change.treatment ? `${change.kind} (${change.treatment})` : change.kind;
     return [element("h4", {}, "change"),
       element("p", {}, tag(change.kind, kind),
         ` ${change.module}${change.module_after ? ` → ${change.module_after}` : ""} `, element("small", {}, signed(change.delta))),
       element("ul", {}, ...change.weights.map(weight)),
-      change.ties.length ? element("p", {}, element("small", {}, "ties: "), change.ties.join("; ")) : null,
       change.shared_with.length ? element("p", {}, element("small", {}, "one matrix with: "), change.shared_with.join(", ")) : null].filter(Boolean);
   }
 
