@@ -75,7 +75,8 @@ class Overlay:
 
     def __init__(self, diff: Diff) -> None:
         self.diff = diff
-        self.after_name = {old: new for new, old in reversed(_homes(diff).items())}
+        homes = _homes(diff)
+        self.after_name = {old: new for new, old in reversed(homes.items()) if homes.get(old) != old}
         self.parts = [Part(-1, "")]
         self.modules = {"": ROOT}
         of_before, of_after = self._place()

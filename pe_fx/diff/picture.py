@@ -34,7 +34,7 @@ def write_png(diff: Diff, path: str | Path, module: str = "") -> None:
     try:
         import resvg_py
     except ImportError as error:
-        raise PeFxError("PNG is drawn with resvg-py: pip install 'pe_fx[cli]'; SVG needs no more than is there") from error
+        raise PeFxError("PNG is drawn with resvg-py: pip install 'pe_fx[cli]'; SVG needs no such library") from error
     content = bytes(resvg_py.svg_to_bytes(svg_string=svg(diff, module), zoom=2))
     with whole_file(path) as draft:
         draft.write_bytes(content)
