@@ -349,15 +349,20 @@ def test_light_and_dark(scheme: str, opened: Any, diff: Diff) -> None:
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize(("blocks", "to_write", "to_draw"), [(300, 3, 2), (910, 9, 6)])
-def test_large_graphs(blocks: int, to_write: float, to_draw: float, flat: bool, opened: Any) -> None:
+@pytest.mark.parametrize(("blocks", "seconds"), [(300, 3), (910, 9)])
+def test_large_graphs(blocks: int, seconds: float, flat: bool, opened: Any) -> None:
+    """A first drawing takes 0.5 s on an idle machine; on a busy one it can be compared with that of a small graph alone."""
+
+    def drawn(diff: Diff) -> float:
+        return min(opened(diff)("Number(document.body.dataset.drawn)") for _ in range(3))
+
     diff = compare(tower(blocks, tied=False, flat=flat), tower(blocks, tied=True, flat=flat))
     assert len(diff.before.nodes) == 11 * blocks + 1
     start = time.process_time()
     assert len(page(diff).encode()) < 3_000_000
-    assert time.process_time() - start < to_write
+    assert time.process_time() - start < seconds
+    assert drawn(diff) < 8 * drawn(compare(tower(2, tied=False), tower(2, tied=True)))
     reader = opened(diff)
-    assert reader("Number(document.body.dataset.drawn)") < 1000 * to_draw
     assert len(reader.shown()) < 500
     reader("viewer.gotoChange(viewer.data.diff.changes.length - 1)")
     assert "changed" in reader.classes(reader("viewer.selected"))
