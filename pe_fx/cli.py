@@ -207,6 +207,10 @@ def diff_command(
     plan: FromPlan = None,
     side_by_side: Annotated[bool, typer.Option("--side-by-side", "-y", help="Two columns.")] = False,
     stat: Annotated[bool, typer.Option("--stat", help="One line a change.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="A page for a browser: both graphs side by side.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="A picture of the model, or of --module.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="The same as PNG, drawn with resvg-py.")] = None,
+    module: Annotated[str, typer.Option("--module", metavar="PATH", help="What --svg and --png show, e.g. layer4.1.")] = "",
     fold: Annotated[bool, typer.Option(help="Fold blocks that changed like the one before them.")] = True,
     misses: Misses = False,
     tui: Annotated[bool, typer.Option("--tui", help="Walk through it in the terminal: fold, search, jump from change to change.")] = False,
@@ -224,6 +228,10 @@ def diff_command(
     pe-fx diff timm:resnet50 timm:resnet101 --stat
     pe-fx diff timm:resnet50 exported.pt2 --exit-code
     pe-fx diff timm:resnet50 --tui
+    pe-fx diff timm:resnet50 --html diff.html
+    pe-fx diff timm:resnet50 --svg layer4.svg --module layer4
+
+    With --html, --svg or --png only the summary is printed.
     """
     at_most_one({"--side-by-side": side_by_side, "--stat": stat, "--tui": tui, "--json": as_json})
     walk_through = viewer() if tui else None
@@ -238,6 +246,7 @@ def diff_command(
             found = jobs.diff_of_transform(spec, input or (), options, jobs.read_plan(plan), say)
         else:
             found = jobs.diff_of_two(spec, other, input or (), say)
+        jobs.write_drawings(found, html, svg, png, module, say)
     if as_json:
         print(found.to_json())
     elif walk_through is not None:
@@ -246,7 +255,7 @@ def diff_command(
         columns = width or default_width()
         if found and stat:
             show(terminal.stat(found, columns), color, columns)
-        elif found:
+        elif found and not (html or svg or png):
             show((terminal.side_by_side if side_by_side else terminal.unified)(found, columns, fold=fold), color, columns)
         if misses:
             show(terminal.misses(found, columns), color, columns)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import pe_fx
-from pe_fx.diff import Diff, Graph, compare, diff_transform
+from pe_fx.diff import Diff, Graph, compare, diff_transform, page, picture
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import whole_file
 from pe_fx.specs import Loaded, load
@@ -158,3 +158,13 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except safetensors.SafetensorError as error:
         raise PeFxError(f"{path} is no safetensors file: {error}") from error
+
+
+def write_drawings(found: Diff, html: Path | None, svg: Path | None, png: Path | None, module: str, say: Say) -> None:
+    if html is not None:
+        say(f"writing {html}")
+        page.write_page(found, html)
+    for path, write in ((svg, picture.write_svg), (png, picture.write_png)):
+        if path is not None:
+            say(f"writing {path}")
+            write(found, path, module)
