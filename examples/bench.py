@@ -222,6 +222,7 @@ def main() -> None:
     autocast = options.dtype == "bf16" or (options.dtype is None and options.device == "cuda")
     machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {machine}; times are ratios to the first variant, in medians of {options.rounds} rounds in turns")
+    torch.compile(nn.Linear(4, 4).to(options.device))(torch.ones(2, 4, device=options.device)).sum().backward()  # loads the compiler
     done: list[dict[str, str]] = []
     for name in options.models:
         rows = measure(name, options.device, options.batch, autocast, options.rounds)

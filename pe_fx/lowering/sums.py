@@ -49,7 +49,7 @@ def _terms(node: fx.Node) -> list[fx.Node]:
         return [node]
     terms = []
     for arg in node.args:
-        if not isinstance(arg, fx.Node) or arg.meta["val"].shape != node.meta["val"].shape:
+        if not isinstance(arg, fx.Node) or not isinstance(arg.meta["val"], Tensor) or arg.meta["val"].shape != node.meta["val"].shape:
             return [node]
         terms += _terms(arg) if len(arg.users) == 1 else [arg]
     return terms
