@@ -269,3 +269,24 @@ def test_numbers_of_the_shape_may_be_added_and_dynamic(caplog: pytest.LogCapture
     for x in (X, X[:7]):
         torch.testing.assert_close(run(x)[0], model(x) + len(x))
     assert "failed" not in caplog.text
+
+
+def test_a_gradient_that_counts_twice_is_added_twice() -> None:
+    """In the order in which the graph can be run."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.ones(2, 2)
+    products = []
+    for _ in range(3):
+        products.append(graph.call_function(aten.bmm.default, (x, x)))
+        products[-1].meta["val"] = torch.ones(2, 2)
+    total = products[0]
+    for term in (*products[1:], *products):
+        total = graph.call_function(aten.add.Tensor, (total, term))
+        total.meta["val"] = torch.ones(2, 2)
+    graph.output((total,))
+    sums.sum_in_turn(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    assert len(graph.find_nodes(op="call_function", target=aten.add.Tensor)) == 5
+    assert len(graph.find_nodes(op="call_function", target=torch.ops.pe_fx.settle.default)) == 1

@@ -70,6 +70,6 @@ def _split(graph: fx.Graph, result: fx.Node, terms: list[fx.Node]) -> None:
         if number % GROUP == 0:
             with graph.inserting_after(total):
                 total = new_node(graph, result, torch.ops.pe_fx.settle.default, total)
-        with graph.inserting_after(term):
+        with graph.inserting_after(total if term is terms[number - 1] else term):  # one gradient may count twice
             total = new_node(graph, result, aten.add.Tensor, total, term)
     result.replace_all_uses_with(total)
