@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 import pe_fx
 import pe_fx.backend
 from pe_fx import NoSitesWarning, PeFxError
-from pe_fx.ledger import ledger, pending
-from pe_fx.ties import Plan
+from pe_fx.ledger import Ledger, ledger, pending
+from pe_fx.ties import Block, Plan, Site, Tie
 
 X = torch.randn(4, 8)
 
@@ -363,7 +365,18 @@ def test_reset_forgets(unlowered: list[str]) -> None:
     assert not pending(model).sites
 
 
-def test_the_ledger_keeps_no_model_alive(unlowered: list[str]) -> None:
+def test_the_ledger_keeps_no_weight_alive() -> None:
+    fc1, fc2 = nn.Parameter(torch.ones(8, 4)), nn.Parameter(torch.ones(4, 8))
+    tie = Tie(Block.whole("fc2", (4, 8)), Block.whole("fc1", (8, 4)), transposed=True)
+    book = Ledger()
+    book.record([Site("mlp", "", ("fc1", "fc2"), (tie,))], {"fc1": fc1, "fc2": fc2})
+    alive = [weakref.ref(fc1), weakref.ref(fc2)]
+    del fc1, fc2
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
+
+
+def test_weights_of_another_model_are_not_decided(unlowered: list[str]) -> None:
     model = mlp()
     compiled(model)(X)
     assert all(ledger.is_decided(parameter) for parameter in model.parameters())
