@@ -75,11 +75,11 @@ def diff_of_two(first: str, second: str, inputs: Sequence[str], say: Say) -> Dif
     both = [_built(spec, inputs, say, on_meta=on_meta) for spec in (first, second)]
     known = next((loaded.example_inputs for loaded in both if loaded.example_inputs is not None), None)
 
-    def picture(loaded: Loaded) -> Graph:
+    def graph_of(loaded: Loaded) -> Graph:
         say(f"capturing {loaded.spec}")
         return Graph.of(loaded.model, loaded.example_inputs if loaded.example_inputs is not None else known, loaded.spec)
 
-    before, after = (_used(loaded, inputs, picture, say) for loaded in both)
+    before, after = (_used(loaded, inputs, graph_of, say) for loaded in both)
     say("aligning")
     return compare(before, after)
 
