@@ -224,3 +224,18 @@ def _compare(got: dict[str, Tensor | None], expected: dict[str, Tensor | None], 
         assert mine.shape == value.shape, f"{what} {name}: {tuple(mine.shape)}, the twin's is {tuple(value.shape)}"
         error = float((mine.double() - value.double()).norm()) / max(norms[name], floor)
         assert error < tolerance, f"{what} {name}: relative error {error:.1e}"
+
+
+def mlp(hidden: int = 16) -> nn.Sequential:
+    return nn.Sequential(linear(8, hidden), nn.GELU(), linear(hidden, 8))
+
+
+def blocks(depth: int) -> nn.Module:
+    """Residual blocks, each an mlp, and a head."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        for block in m.blocks:
+            x = x + block(x)
+        return m.head(x)
+
+    return Net(forward, blocks=nn.ModuleList(mlp() for _ in range(depth)), head=linear(8, 3))

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from models import MODELS, prepared
-from oracle import Net, linear
+from oracle import Net, blocks, linear, mlp
 from torch import Tensor, fx, nn
 
 import pe_fx
@@ -20,21 +20,8 @@ from pe_fx.diff.tree import rows, signed
 X = torch.randn(3, 8)
 
 
-def mlp(hidden: int = 16) -> nn.Sequential:
-    return nn.Sequential(linear(8, hidden), nn.GELU(), linear(hidden, 8))
-
-
 def picture(model: nn.Module, inputs: Any = X) -> Graph:
     return Graph.of(model, inputs)
-
-
-def blocks(depth: int) -> nn.Module:
-    def forward(m: Net, x: Tensor) -> Tensor:
-        for block in m.blocks:
-            x = x + block(x)
-        return m.head(x)
-
-    return Net(forward, blocks=nn.ModuleList(mlp() for _ in range(depth)), head=linear(8, 3))
 
 
 def assert_shows_the_plan(diff: Diff, plan: pe_fx.Plan) -> None:

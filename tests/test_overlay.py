@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import Net, linear
+from oracle import Net, blocks, linear, mlp
 from torch import Tensor, nn
 from towers import tower
 
@@ -20,19 +20,6 @@ from pe_fx.diff.picture import svg, write_png, write_svg
 from pe_fx.errors import PeFxError
 
 X = torch.randn(3, 8)
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(linear(8, 16), nn.GELU(), linear(16, 8))
-
-
-def residual(depth: int) -> nn.Module:
-    def forward(m: Net, x: Tensor) -> Tensor:
-        for block in m.blocks:
-            x = x + block(x)
-        return m.head(x)
-
-    return Net(forward, blocks=nn.ModuleList(mlp() for _ in range(depth)), head=linear(8, 3))
 
 
 def between(first: nn.Module, second: nn.Module) -> Diff:
@@ -48,7 +35,7 @@ def paths(overlay: Overlay, side: int = BEFORE) -> list[str]:
 
 
 def test_what_both_graphs_have_is_one_part() -> None:
-    overlay = Overlay(diff_transform(residual(2), X))
+    overlay = Overlay(diff_transform(blocks(2), X))
     assert all(part.before and part.after for part in overlay.parts if not part.is_module)
     assert set(overlay.edges.values()) == {BEFORE | AFTER}
     held = {f"{overlay.parts[part].module} {edit.kind}" for part, (_, edit) in overlay.edit.items()}
@@ -73,7 +60,7 @@ def test_a_renamed_module_is_one_part_with_two_names() -> None:
 
 
 def test_changes_and_savings_add_up_towards_the_root() -> None:
-    diff = diff_transform(residual(3), X)
+    diff = diff_transform(blocks(3), X)
     overlay = Overlay(diff)
     assert overlay.parts[ROOT].delta == overlay.parts[overlay.module("blocks")].delta == diff.delta
     block = overlay.parts[overlay.module("blocks.1")]
@@ -81,13 +68,13 @@ def test_changes_and_savings_add_up_towards_the_root() -> None:
 
 
 def test_links_go_from_the_source_of_a_tie_to_what_is_tied() -> None:
-    overlay = Overlay(diff_transform(residual(2), X, share=("mlp",)))
+    overlay = Overlay(diff_transform(blocks(2), X, share=("mlp",)))
     links = [(overlay.parts[a].module, overlay.parts[b].module) for a, b in overlay.links]
     assert links == [("blocks.0.0", name) for name in ("blocks.0.2", "blocks.1.0", "blocks.1.2")]
 
 
 def test_modules_unfold_while_there_is_room() -> None:
-    overlay = Overlay(diff_transform(residual(3), X))
+    overlay = Overlay(diff_transform(blocks(3), X))
     assert {overlay.parts[part].module for part in overlay.opened()} == {"", "blocks", "blocks.0", "blocks.1", "blocks.2"}
     large = Overlay(compare(tower(30, tied=False), tower(30, tied=True)))
     assert [large.parts[part].module for part in large.opened()] == ["", "blocks"][: 1 + (ROOM >= 30)]
@@ -148,7 +135,7 @@ def test_a_module_that_runs_twice_makes_no_cycle() -> None:
 
 
 def test_edges_enter_and_leave_a_module() -> None:
-    overlay = Overlay(between(residual(2), residual(2)))
+    overlay = Overlay(between(blocks(2), blocks(2)))
     levels = {part: points for part, points, _ in overlay.levels()}
     block = levels[overlay.module("blocks.0")]
     assert block[ENTRY][1] < min(point[1] for end, point in block.items() if end >= 0)
@@ -164,7 +151,7 @@ def texts(picture: str) -> list[str]:
 
 
 def test_a_picture_shows_both_sides_of_a_module() -> None:
-    shown = texts(svg(diff_transform(residual(3), X, name="net <3>"), "blocks.1"))
+    shown = texts(svg(diff_transform(blocks(3), X, name="net <3>"), "blocks.1"))
     assert shown.count("net <3>: blocks.1") == 1
     assert shown.count("net <3>, tied: blocks.1") == 1
     assert shown.count("0.weight 16×8") == 2
@@ -179,7 +166,7 @@ def test_a_picture_of_graphs_that_differ_leaves_gaps() -> None:
 
 
 def test_pictures_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    diff = diff_transform(residual(1), X)
+    diff = diff_transform(blocks(1), X)
     write_svg(diff, tmp_path / "net.svg")
     assert (tmp_path / "net.svg").read_text() == svg(diff)
     with pytest.raises(PeFxError, match="nothing to draw in module 'nowhere'"):
@@ -191,7 +178,7 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_png(tmp_path: Path) -> None:
     pytest.importorskip("resvg_py", reason="resvg-py has no wheel for this machine")
-    write_png(diff_transform(residual(1), X), tmp_path / "net.png")
+    write_png(diff_transform(blocks(1), X), tmp_path / "net.png")
     assert (tmp_path / "net.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -199,4 +186,4 @@ def test_png(tmp_path: Path) -> None:
 def test_a_missing_library_names_the_extra(library: str, write: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(PeFxError, match=r"pe_fx\[cli\]"):
-        write(diff_transform(residual(1), X), tmp_path / "net")  # type: ignore[operator]
+        write(diff_transform(blocks(1), X), tmp_path / "net")  # type: ignore[operator]
