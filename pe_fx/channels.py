@@ -80,7 +80,7 @@ def varying_axes(tags: Tensor) -> list[int]:
     [1]
     """
     small = _shrink(_lazy(tags))
-    return [axis for axis in range(small.dim()) if small.shape[axis] > 1 and not bool((small == small.narrow(axis, 0, 1)).all())]
+    return [axis for axis in range(small.dim()) if small.shape[axis] > 1 and not _repeats(small, axis)]
 
 
 def lies_along(tags: Tensor, axis: int) -> bool:
@@ -305,10 +305,13 @@ def _lazy(tags: Tensor) -> Tensor:
         return tags
     small = tags
     for axis in range(tags.dim()):
-        first = small.narrow(axis, 0, 1) if small.shape[axis] > 1 else small
-        if first is not small and bool((small == first).all()):
-            small = first
+        if small.shape[axis] > 1 and _repeats(small, axis):
+            small = small.narrow(axis, 0, 1)
     return small.expand(tags.shape)
+
+
+def _repeats(tags: Tensor, axis: int) -> bool:
+    return torch.equal(tags, tags.narrow(axis, 0, 1).expand_as(tags))  # stops at the first difference
 
 
 def _shrink(tags: Tensor, keep: int = -1) -> Tensor:
