@@ -156,7 +156,8 @@ def _reader_obstacle(flow: Flow, group: list[Pair]) -> str | None:
 def tie(source: Weight, target: Weight, of: Block | None = None, into: Block | None = None) -> Tie:
     """`target ← sourceᵀ`, or `into ← ofᵀ` for parts of them, in the parameters' own layouts."""
     axes = (min(target.out_dim, target.in_dim), max(target.out_dim, target.in_dim))
-    return Tie(into or target.block, of or source.block, transposed=source.out_dim == target.out_dim, axes=axes)
+    transposed = source.out_dim == target.out_dim
+    return Tie(into or target.block, of or source.block, transposed, axes, channels=target.out_dim)
 
 
 def common_module(names: tuple[str, ...]) -> str:

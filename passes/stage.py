@@ -171,7 +171,7 @@ def _to_source(site: Site, leader: Site, stage: str) -> Site:
 
 def _to_target(site: Site, root: Block) -> Site:
     (own,) = site.ties
-    ties = (Tie(own.of, root, own.transposed, own.axes), Tie(own.into, root, False, own.axes))
+    ties = (Tie(own.of, root, own.transposed, own.axes), dataclasses.replace(own, of=root, transposed=False))
     return dataclasses.replace(site, ties=ties, stage=root.name)
 
 
@@ -188,10 +188,10 @@ def _treated(flow: Flow, pair: Pair, treatment: str) -> Site | Miss:
         return Miss("bottleneck", name, pair.names, f"{shapes}; entry={treatment!r} does not apply: {entry}")
     root = second.block
     if treatment == "slice":
-        tie = Tie(first.block, root.narrowed(second.out_dim, range(first.inputs)), True)
+        tie = Tie(first.block, root.narrowed(second.out_dim, range(first.inputs)), True, channels=first.in_dim)
     else:
         wide = (first.outputs, second.outputs, *first.block.full_shape[2:])
-        tie = Tie(Block.whole(first.name, wide), root, True)
+        tie = Tie(Block.whole(first.name, wide), root, True, channels=first.in_dim)
     return Site("bottleneck", name, pair.names, (tie,), stage=root.name, entry=entry)
 
 

@@ -21,6 +21,7 @@ from pe_fx.errors import NoSitesWarning, PeFxError
 from pe_fx.flow import Flow, one_thread
 from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.stage import ENTRIES, share_stages
+from pe_fx.passes.variants import GAIN, MIXES, vary
 from pe_fx.rewrite import INITS, rewrite_graph, rewrite_modules
 from pe_fx.tied import Tied
 from pe_fx.ties import Miss, Plan, Shape, Site, Tie
@@ -37,6 +38,8 @@ def plan(
     entry: str = "keep",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    mix: str = "none",
+    gain: bool | float = False,
 ) -> Plan:
     """What `transform` would do to the model; nothing is changed.
 
@@ -49,7 +52,7 @@ def plan(
     Raises `PeFxError` for wrong options and `CaptureError` where the model's graph cannot be captured.
     """
     chosen = _checked_rules(rules)
-    options = _checked_options(share=share, entry=entry, include=include, exclude=exclude)
+    options = _checked_options(share=share, entry=entry, include=include, exclude=exclude, mix=mix, gain=gain)
     captured = example_inputs if isinstance(example_inputs, Captured) else capture(model, example_inputs)
     captured = canonical(captured, model)
     kinds = {rule.kind for rule in chosen}
@@ -66,6 +69,7 @@ def plan(
         misses = [miss for miss in (*misses, *refused) if wanted(miss)]
         sites, misses = share_stages(flow, sites, misses, share, entry, wanted, functools.partial(_trait, owners))
     sites, refused = _tieable(sites, owners)
+    sites = vary(sites, mix, options["gain"])
     shapes = captured.shapes() | {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     misses = list(dict.fromkeys((*misses, *refused)))
     return plan_of(sites, shapes, misses, {"rules": tuple(rule.kind for rule in chosen)} | options)
@@ -97,6 +101,8 @@ def transform(
     entry: str = "keep",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    mix: str = "none",
+    gain: bool | float = False,
     init: str = "keep",
     inplace: bool = False,
 ) -> nn.Module:
@@ -120,6 +126,8 @@ def transform(
             its shortcut stay. "slice": the convolution uses the first columns of W, the shortcut pads with zeros. "expand":
             a depthwise convolution widens the input, so that W fits.
         include, exclude: globs on module names, such as "layer3.*".
+        mix: "signed" puts the tied output channels in a fixed other order with fixed signs; the plan keeps the seeds.
+        gain: True, or a starting value, gives each tied output channel a learned factor, `<name of the weight>_gain`.
         init: "keep" the source's values, their "mean" with the tied weights', or "reset" by the owner's reset_parameters().
         inplace: change `model` itself.
 
@@ -135,7 +143,7 @@ def transform(
     Source: O. C. Koyun, B. U. Töreyin, arXiv 2401.16438.
     """
     _one_of("init", init, INITS)
-    made = plan(model, example_inputs, rules=rules, share=share, entry=entry, include=include, exclude=exclude)
+    made = plan(model, example_inputs, rules=rules, share=share, entry=entry, include=include, exclude=exclude, mix=mix, gain=gain)
     if not made.sites and not any(isinstance(module, Tied) for module in model.modules()):
         detail = f" ({len(made.misses)} near misses: {made.misses[0].reason}, …)" if made.misses else ""
         warnings.warn(
@@ -181,8 +189,13 @@ def _checked_rules(rules: Sequence[str | Rule]) -> tuple[Rule, ...]:
     return tuple(chosen)
 
 
-def _checked_options(*, share: Sequence[str], entry: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> dict[str, Any]:
+def _checked_options(
+    *, share: Sequence[str], entry: str, include: Sequence[str] | None, exclude: Sequence[str] | None, mix: str, gain: bool | float | None
+) -> dict[str, Any]:
     _one_of("entry", entry, ENTRIES)
+    _one_of("mix", mix, MIXES)
+    if gain is not None and not (isinstance(gain, (bool, int, float)) and math.isfinite(gain)):
+        raise PeFxError(f"gain={gain!r} must be True, False or the number at which the learned factors start")
     if isinstance(share, str):
         raise PeFxError(f"share={share!r} must be a tuple of kinds: share=({share!r},)")
     for kind in share:
@@ -195,6 +208,8 @@ def _checked_options(*, share: Sequence[str], entry: str, include: Sequence[str]
         "entry": entry,
         "include": None if include is None else tuple(include),
         "exclude": None if exclude is None else tuple(exclude),
+        "mix": mix,
+        "gain": GAIN if gain is True else None if gain is False else gain,
     }
 
 
@@ -291,7 +306,7 @@ def _saved(site: Site, shapes: Mapping[str, Shape], numel: Mapping[str, int]) ->
     saved = 0
     for tie in site.ties:
         changes_shape = tie.into.full_shape != shapes[tie.target]
-        saved += numel[tie.target] if changes_shape else tie.into.numel
+        saved += (numel[tie.target] if changes_shape else tie.into.numel) - tie.gains
     if site.entry is not None:
         saved += sum(size for name, size in numel.items() if name.rpartition(".")[0] in site.entry.removed)
         if site.entry.treatment == "expand":

@@ -24,7 +24,7 @@ from pe_fx.ties import Site
 
 log = logging.getLogger(__name__)
 
-TRANSFORM_OPTIONS = ("rules", "share", "include", "exclude")
+TRANSFORM_OPTIONS = ("rules", "share", "include", "exclude", "mix")
 OPTIONS = (*TRANSFORM_OPTIONS, "mode", "inductor")
 
 

@@ -14,7 +14,7 @@ from pe_fx.channels import call
 from pe_fx.derived import derive
 from pe_fx.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.errors import PeFxError
-from pe_fx.tied import Layout, Piece, TiedWeight, View, tie_weight
+from pe_fx.tied import Gain, Layout, Mix, Piece, TiedWeight, View, tie_weight
 from pe_fx.ties import Block, Entry, Plan, Ranges, Tie, length, overlap, positions, to_ranges
 
 INITS = ("keep", "mean", "reset")
@@ -45,7 +45,7 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
             index = torch.tensor(positions(kept[name]), device=dense.device)
             rest = nn.Parameter(dense.detach().index_select(layouts[name].axis, index), requires_grad=dense.requires_grad)
             vars(rest).update(vars(dense))  # marks that a training script may have left on it
-        text = "; ".join(f"{tie.of}{'ᵀ' if tie.transposed else ''}" for tie in ties)
+        text = "; ".join(tie.text() for tie in ties)
         tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text), rest)
 
 
@@ -60,6 +60,8 @@ def rewrite_graph(gm: fx.GraphModule, plan: Plan, weights: Mapping[str, fx.Node]
     _compare_shapes(plan, {name: tuple(getattr(value_of(node), "shape", ())) for name, node in nodes.items()}, "graph")
     if plan.entries:
         raise PeFxError("entry='slice' and 'expand' change modules; a graph whose weights are placeholders has none: use entry='keep'")
+    if any(tie.gain is not None for tie in plan.ties):
+        raise PeFxError("gain=True adds parameters; a graph whose weights are placeholders can have none: transform the model instead")
     targets = _by_target(plan.ties)
     kept = {name: _kept(ties) for name, ties in targets.items()}
     tracer = fx.proxy.GraphAppendingTracer(gm.graph)
@@ -145,6 +147,7 @@ def _layout(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Rang
     """The layout of a tied weight, where of each tied weight only the positions `kept` are stored (all, where not given)."""
     axis = _axis(ties)
     views = []
+    gains: list[Gain | None] = []
     for tie in ties:
         ranges = list(tie.of.ranges)
         sizes = list(tie.of.full_shape)
@@ -160,8 +163,11 @@ def _layout(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Rang
                 tuple(None if own == ((0, size),) else own for own, size in zip(ranges, sizes, strict=True)),
                 tie.axes if tie.transposed else None,
                 tie.into.shape if len(tie.into.shape) != len(tie.of.shape) else None,
+                mix_of(tie),
             )
         )
+        start = sum(gain.count for gain in gains if gain is not None)
+        gains.append(None if tie.gain is None or tie.channels is None else Gain(tie.channels, start, tie.gains, tie.gain))
     name = ties[0].target
     spans = [(start, stop, index) for index, tie in enumerate(ties) for start, stop in tie.into.ranges[axis]]
     spans += [(start, stop, -1) for start, stop in _kept(ties)]
@@ -174,7 +180,13 @@ def _layout(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Rang
         whole = counts[index] == 1 and (index >= 0 or name in kept)
         pieces.append(Piece(index) if whole else Piece(index, begin, begin + size))
         seen[index] += size
-    return Layout(axis, tuple(pieces), tuple(views))
+    return Layout(axis, tuple(pieces), tuple(views), tuple(gains))
+
+
+def mix_of(tie: Tie) -> Mix | None:
+    if tie.seed is None or tie.channels is None:
+        return None
+    return Mix.drawn(tie.channels, tie.into.shape[tie.channels], tie.seed)
 
 
 def _taken(ties: list[Tie]) -> Ranges:
@@ -213,6 +225,8 @@ def _initial_values(model: nn.Module, plan: Plan, init: str) -> dict[str, Tensor
         if plan.shapes[tie.target] != tie.into.full_shape:
             continue  # a weight that changes its shape has no value to give
         value = part(model.get_parameter(tie.target).detach(), tie.into)
+        mix = mix_of(tie)
+        value = value if mix is None else mix.inverse(value)
         value = value.transpose(*tie.axes) if tie.transposed and value.dim() > max(tie.axes) else value
         add_part(totals[tie.source], tie.of, value.reshape(tie.of.shape))
         add_part(counts[tie.source], tie.of, torch.ones_like(value).reshape(tie.of.shape))

@@ -6,6 +6,8 @@ registered, so that every weight has exactly one name.
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +20,56 @@ from pe_fx.ties import Ranges, Shape
 
 
 @dataclass(frozen=True)
-class View:
-    """A part of a stored tensor: `ranges` of each dimension (None: all of it), then dimensions `swap` exchanged, then `reshape`d.
+class Mix:
+    """A fixed signed permutation of the channels along `axis`: dealt like cards into `hands`, and cut, what was above the cut negated.
 
-    Written with methods alone, so that it runs on tensors and on torch.fx proxies.
+    >>> mix = Mix(0, hands=2, cut=2)
+    >>> mix(torch.arange(1, 7))
+    tensor([ 5,  2,  4,  6, -1, -3])
+    >>> mix.inverse(mix(torch.arange(1, 7)))
+    tensor([1, 2, 3, 4, 5, 6])
+
+    Made of views and one `cat`, it needs neither an index nor a sign in memory, its gradient scatters nothing, and Inductor fuses it.
+    """
+
+    axis: int
+    hands: int
+    cut: int
+
+    @classmethod
+    def drawn(cls, axis: int, size: int, seed: int) -> Mix:
+        """The permutation of `size` channels that the seed stands for."""
+        draw = random.Random(seed)
+        divisors = [hands for hands in range(2, size // 2 + 1) if size % hands == 0]
+        middle = sorted(divisors, key=lambda hands: abs(math.log(hands * hands / size)))[:4]  # far from the identity and the reversal
+        return cls(axis, draw.choice(middle or [1]), draw.randint((size + 3) // 4, max(3 * size // 4, (size + 3) // 4)))
+
+    def __call__(self, part: Tensor) -> Tensor:
+        dealt = self._dealt(part, (-1, self.hands))
+        above, below = dealt.narrow(self.axis, 0, self.cut), dealt[(*[slice(None)] * self.axis, slice(self.cut, None))]
+        return torch.cat([below, above.neg()], self.axis)
+
+    def inverse(self, mixed: Tensor) -> Tensor:
+        size = mixed.shape[self.axis]
+        below, above = mixed.narrow(self.axis, 0, size - self.cut), mixed.narrow(self.axis, size - self.cut, self.cut)
+        return self._dealt(torch.cat([above.neg(), below], self.axis), (self.hands, -1))
+
+    def _dealt(self, part: Tensor, grid: tuple[int, int]) -> Tensor:
+        rows: Tensor = part.unflatten(self.axis, grid)  # type: ignore[no-untyped-call]
+        return rows.transpose(self.axis, self.axis + 1).flatten(self.axis, self.axis + 1)
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a stored tensor: `ranges` of each dimension (None: all of it), dimensions `swap` exchanged, `reshape`d and mixed.
+
+    Written with methods and `cat` alone, so that it runs on tensors and on torch.fx proxies.
     """
 
     ranges: tuple[Ranges | None, ...]
     swap: tuple[int, int] | None = None
     reshape: Shape | None = None
+    mix: Mix | None = None
 
     def __call__(self, stored: Tensor) -> Tensor:
         part = stored
@@ -35,7 +78,9 @@ class View:
                 part = _joined([part.narrow(dim, start, stop - start) for start, stop in ranges], dim)
         if self.swap is not None:
             part = part.transpose(*self.swap)
-        return part if self.reshape is None else part.reshape(self.reshape)
+        if self.reshape is not None:
+            part = part.reshape(self.reshape)
+        return part if self.mix is None else self.mix(part)
 
 
 @dataclass(frozen=True)
@@ -48,8 +93,21 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """Which of a module's learned factors scale a part, one for each position along `axis`."""
+
+    axis: int
+    start: int
+    count: int
+    initial: float
+
+    def __call__(self, part: Tensor, factors: Tensor) -> Tensor:
+        return part * factors.narrow(0, self.start, self.count).view(*[1] * self.axis, -1, *[1] * (part.dim() - self.axis - 1))
+
+
+@dataclass(frozen=True)
 class Layout:
-    """How a dense weight is put together along `axis`.
+    """How a dense weight is put together along `axis`. `gains` scale the parts, where any is scaled.
 
     >>> layout = Layout(0, (Piece(0),), (View((((0, 2),), None), swap=(0, 1)),))
     >>> layout.assemble(None, [torch.ones(4, 3)]).shape
@@ -59,9 +117,12 @@ class Layout:
     axis: int
     pieces: tuple[Piece, ...]
     views: tuple[View, ...]
+    gains: tuple[Gain | None, ...] = ()
 
-    def assemble(self, own: Tensor | None, sources: Sequence[Tensor]) -> Tensor:
+    def assemble(self, own: Tensor | None, sources: Sequence[Tensor], factors: Tensor | None = None) -> Tensor:
         parts = [view(source) for view, source in zip(self.views, sources, strict=True)]
+        if factors is not None:
+            parts = [part if gain is None else gain(part, factors) for part, gain in zip(parts, self.gains, strict=True)]
         pieces = []
         for piece in self.pieces:
             part = own if piece.part < 0 else parts[piece.part]
@@ -80,7 +141,13 @@ class TiedWeight:
     order: list[str] = field(default_factory=list)
 
     def dense(self, owner: nn.Module, name: str) -> Tensor:
-        return self.layout.assemble(owner._parameters.get(name), [stored(module, attribute) for module, attribute in self.sources])
+        sources = [stored(module, attribute) for module, attribute in self.sources]
+        return self.layout.assemble(owner._parameters.get(name), sources, owner._parameters.get(gain_of(name)))
+
+
+def gain_of(name: str) -> str:
+    """The parameter that holds the learned factors of a tied weight."""
+    return f"{name}_gain"
 
 
 def stored(module: nn.Module, name: str) -> Tensor:
@@ -116,10 +183,15 @@ def _property(name: str) -> property:
 def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parameter | None) -> None:
     """Turns `module.<name>` into a view; of the parameter only `kept` stays, if anything."""
     weight.order = list(module._parameters)
+    dense = module._parameters[name]
+    assert dense is not None
     if kept is None:
         del module._parameters[name]
     else:
         module._parameters[name] = kept
+    factors = [dense.new_full((gain.count,), gain.initial) for gain in weight.layout.gains if gain is not None]
+    if factors:
+        module._parameters[gain_of(name)] = nn.Parameter(torch.cat(factors), requires_grad=dense.requires_grad)
     tied_weights = {**getattr(module, "tied_weights", {}), name: weight}
     dense_class = module.dense_class if isinstance(module, Tied) else type(module)
     module.__dict__["tied_weights"] = tied_weights
@@ -134,6 +206,7 @@ def untie_weights(module: nn.Module, dense: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
         trained = weight.sources[0][0]._parameters[weight.sources[0][1]]
         module._parameters[name] = nn.Parameter(dense[name].contiguous(), requires_grad=trained is None or trained.requires_grad)
+        module._parameters.pop(gain_of(name), None)
     for name in next(iter(weights.values())).order:
         module._parameters[name] = module._parameters.pop(name)
 

@@ -115,11 +115,17 @@ class Tie:
     """`into` is no parameter any more: it is `of`, its matrix dimensions `axes` swapped where `transposed`.
 
     >>> fc1, fc2 = Block.whole("fc1.weight", (8, 4)), Block.whole("fc2.weight", (4, 8))
-    >>> tie = Tie(into=fc2, of=fc1, transposed=True)
+    >>> tie = Tie(into=fc2, of=fc1, transposed=True, channels=0)
     >>> print(tie)
     fc2.weight ← fc1.weightᵀ
     >>> tie.target, tie.source
     ('fc2.weight', 'fc1.weight')
+    >>> print(dataclasses.replace(tie, seed=0, gain=0.2))
+    fc2.weight ← gain · ±fc1.weightᵀ
+
+    `channels` is the dimension of `into` along which a variant of the tie changes it, None where it only repeats its source: a
+    signed permutation, drawn by `seed`, and a learned factor per channel that starts at `gain`. It is the dimension of the
+    output channels, so that a unit does not write back along the direction that it reads.
 
     Raises `PeFxError` where the two blocks do not have matching shapes.
     """
@@ -128,10 +134,15 @@ class Tie:
     of: Block
     transposed: bool
     axes: tuple[int, int] = (0, 1)
+    channels: int | None = None
+    seed: int | None = None
+    gain: float | None = None
 
     def __post_init__(self) -> None:
         if _trimmed(self.into.shape, self.axes) != _trimmed(self.source_shape, self.axes):
             raise PeFxError(f"{self} cannot be a tie: {self.into.shape} is not the shape of {self.of.shape}{'ᵀ' * self.transposed}")
+        if self.channels is None and (self.seed is not None or self.gain is not None):
+            raise PeFxError(f"{self} names no dimension whose channels are mixed or scaled")
 
     @property
     def source_shape(self) -> Shape:
@@ -150,8 +161,18 @@ class Tie:
     def source(self) -> str:
         return self.of.name
 
+    @property
+    def gains(self) -> int:
+        """The number of learned factors."""
+        return 0 if self.gain is None or self.channels is None else self.into.shape[self.channels]
+
+    def text(self, within: str = "") -> str:
+        """What `into` is, the source named relative to the module `within`."""
+        scaled, mixed = "gain · " * (self.gain is not None), "±" * (self.seed is not None)
+        return f"{scaled}{mixed}{_relative(str(self.of), within)}{'ᵀ' * self.transposed}"
+
     def __str__(self) -> str:
-        return f"{self.into} ← {self.of}{'ᵀ' if self.transposed else ''}"
+        return f"{self.into} ← {self.text()}"
 
 
 @dataclass(frozen=True)
@@ -275,7 +296,7 @@ class Plan:
                 site.kind + (f" ({site.entry.treatment})" if site.entry else ""),
                 ", ".join(_relative(name, site.name) for name in site.weights),
                 ", ".join(str(self.shapes[name]) for name in site.weights),
-                "; ".join(_tie_text(tie, site.name) for tie in site.ties),
+                "; ".join(f"{_relative(str(tie.into), site.name)} ← {tie.text(site.name)}" for tie in site.ties),
                 f"{site.saved:,}",
             )
             for site in self.sites
@@ -315,13 +336,9 @@ def _relative(name: str, prefix: str) -> str:
     return name.removeprefix(prefix + ".") if prefix else name
 
 
-def _tie_text(tie: Tie, prefix: str) -> str:
-    return f"{_relative(str(tie.into), prefix)} ← {_relative(str(tie.of), prefix)}{'ᵀ' if tie.transposed else ''}"
-
-
 def _site(body: dict[str, Any]) -> Site:
     fields = _tuples(body)
-    fields["ties"] = tuple(Tie(Block(**tie["into"]), Block(**tie["of"]), tie["transposed"], tie["axes"]) for tie in fields["ties"])
+    fields["ties"] = tuple(Tie(**tie | {"into": Block(**tie["into"]), "of": Block(**tie["of"])}) for tie in fields["ties"])
     if fields["entry"]:
         fields["entry"] = Entry(**fields["entry"])
     return Site(**fields)

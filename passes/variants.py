@@ -1,0 +1,38 @@
+"""Variants of the tie: the same matrix, its output channels in another order, with other signs, or scaled."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+
+from pe_fx.ties import Site
+
+MIXES = ("none", "signed")
+GAIN = 0.2
+"""Where learned factors start by default: small, so that a branch grows into its residual stream as a dense one does."""
+
+
+def vary(sites: Iterable[Site], mix: str, gain: float | None) -> list[Site]:
+    """The same sites, in each a tie that `W₂ = g S P Wᵀ` describes: S P drawn by a seed of its own where `mix` is "signed", g from `gain`.
+
+    Plain, `Wᵀ F(W x)` is the gradient of a sum of functions of wᵢ·x: its Jacobian is symmetric, and positive where F
+    increases, so that a residual stack can stretch but hardly rotate. S P breaks that with no parameter.
+
+    >>> from pe_fx.ties import Block, Tie
+    >>> tie = Tie(Block.whole("fc2", (4, 8)), Block.whole("fc1", (8, 4)), transposed=True, channels=0)
+    >>> print(vary([Site("mlp", "", ("fc1", "fc2"), (tie,))], "signed", None)[0].ties[0])
+    fc2 ← ±fc1ᵀ
+
+    The first block of a stage under "slice" and "expand" is tied the other way round: its input channels are mixed, none scaled.
+    """
+    seeds = itertools.count()
+    varied = []
+    for site in sites:
+        scale = None if site.entry is not None else gain
+        ties = [
+            tie if tie.channels is None else dataclasses.replace(tie, seed=next(seeds) if mix == "signed" else None, gain=scale)
+            for tie in site.ties
+        ]
+        varied.append(dataclasses.replace(site, ties=tuple(ties)))
+    return varied
