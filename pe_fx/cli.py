@@ -65,6 +65,10 @@ Entry = Annotated[
 ]
 Include = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only in modules like this, e.g. 'layer3.*'.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not in modules like this.")]
+MixHow = Annotated[str | None, typer.Option("--mix", metavar="HOW", help="The tied output channels: none or signed; none by default.")]
+GainFrom = Annotated[
+    float | None, typer.Option("--gain", metavar="START", help="A learned factor per tied output channel, which starts here, e.g. 0.2.")
+]
 FromPlan = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", help="A plan made before, with its options, instead of matching anew.")
 ]
@@ -120,6 +124,8 @@ def plan_command(
     entry: Entry = None,
     include: Include = None,
     exclude: Exclude = None,
+    mix: MixHow = None,
+    gain: GainFrom = None,
     plan: FromPlan = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here, as JSON.")] = None,
     misses: Misses = False,
@@ -137,7 +143,7 @@ def plan_command(
     pe-fx plan transformers:bert,num_hidden_layers=4 --json
     pe-fx plan my_models.py:build --input 1x3x64x64
     """
-    options = plan_options(plan, rules, share, entry, include, exclude)
+    options = plan_options(plan, rules, share, entry, include, exclude, mix, gain)
     with progress() as say:
         from pe_fx import jobs
         from pe_fx.diff import report
@@ -167,6 +173,8 @@ def transform_command(
     entry: Entry = None,
     include: Include = None,
     exclude: Exclude = None,
+    mix: MixHow = None,
+    gain: GainFrom = None,
     plan: FromPlan = None,
     debug: Debug = False,
 ) -> None:
@@ -178,7 +186,7 @@ def transform_command(
     pe-fx transform timm:resnet50 --checkpoint dense.safetensors -o tied.safetensors
     pe-fx transform timm:resnet50 --plan plan.json --init mean -o tied.safetensors
     """
-    options = plan_options(plan, rules, share, entry, include, exclude)
+    options = plan_options(plan, rules, share, entry, include, exclude, mix, gain)
     with progress() as say:
         from pe_fx import jobs
 
@@ -204,6 +212,8 @@ def diff_command(
     entry: Entry = None,
     include: Include = None,
     exclude: Exclude = None,
+    mix: MixHow = None,
+    gain: GainFrom = None,
     plan: FromPlan = None,
     side_by_side: Annotated[bool, typer.Option("--side-by-side", "-y", help="Two columns.")] = False,
     stat: Annotated[bool, typer.Option("--stat", help="One line a change.")] = False,
@@ -235,7 +245,7 @@ def diff_command(
     """
     at_most_one({"--side-by-side": side_by_side, "--stat": stat, "--tui": tui, "--json": as_json})
     walk_through = viewer() if tui else None
-    options = plan_options(plan, rules, share, entry, include, exclude)
+    options = plan_options(plan, rules, share, entry, include, exclude, mix, gain)
     if other is not None:
         refuse("two models are compared as they are", [*options, *(["plan"] if plan else []), *(["misses"] if misses else [])])
     with progress() as say:
@@ -279,10 +289,25 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def plan_options(
-    plan: Path | None, rules: str | None, share: str | None, entry: str | None, include: list[str] | None, exclude: list[str] | None
+    plan: Path | None,
+    rules: str | None,
+    share: str | None,
+    entry: str | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    mix: str | None,
+    gain: float | None,
 ) -> dict[str, Any]:
     """The options of `pe_fx.plan`, as far as they are given; a plan that is read brings its own."""
-    given = {"rules": rules and _kinds(rules), "share": share and _kinds(share), "entry": entry, "include": include, "exclude": exclude}
+    given = {
+        "rules": rules and _kinds(rules),
+        "share": share and _kinds(share),
+        "entry": entry,
+        "include": include,
+        "exclude": exclude,
+        "mix": mix,
+        "gain": gain,
+    }
     options = {name: value for name, value in given.items() if value is not None}
     if plan is not None:
         refuse("--plan has its options in it", options)

@@ -15,7 +15,7 @@ from pe_fx.derived import derive
 from pe_fx.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.errors import PeFxError
 from pe_fx.tied import Gain, Layout, Mix, Piece, TiedWeight, View, tie_weight
-from pe_fx.ties import Block, Entry, Plan, Ranges, Tie, length, overlap, positions, to_ranges
+from pe_fx.ties import Block, Entry, Plan, Ranges, Tie, gain_of, length, overlap, positions, to_ranges
 
 INITS = ("keep", "mean", "reset")
 
@@ -95,6 +95,10 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
     """Raises `PeFxError` where a weight of the plan is missing or has another shape."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     _compare_shapes(plan, shapes, type(model).__name__)
+    for name in (gain_of(tie.target) for tie in plan.ties if tie.gain is not None):
+        module, attribute = _owner(model, name)
+        if hasattr(module, attribute):
+            raise PeFxError(f"{name}, where the learned factors would be, is there already: use gain=False")
 
 
 def _compare_shapes(plan: Plan, shapes: dict[str, tuple[int, ...]], what: str) -> None:

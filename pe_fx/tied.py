@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_fx.derived import Derived, derive
-from pe_fx.ties import Ranges, Shape
+from pe_fx.ties import Ranges, Shape, gain_of
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,6 @@ class TiedWeight:
     def dense(self, owner: nn.Module, name: str) -> Tensor:
         sources = [stored(module, attribute) for module, attribute in self.sources]
         return self.layout.assemble(owner._parameters.get(name), sources, owner._parameters.get(gain_of(name)))
-
-
-def gain_of(name: str) -> str:
-    """The parameter that holds the learned factors of a tied weight."""
-    return f"{name}_gain"
 
 
 def stored(module: nn.Module, name: str) -> Tensor:

@@ -50,6 +50,11 @@ def length(ranges: Ranges) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
+def gain_of(name: str) -> str:
+    """The parameter that holds the learned factors of a tied weight."""
+    return f"{name}_gain"
+
+
 def _trimmed(shape: Shape, axes: tuple[int, int]) -> Shape:
     """A 1x1 convolution's kernel dimensions count for nothing."""
     last = max(axes) + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import pe_fx
 from pe_fx import Plan
+from pe_fx.tied import Mix
 from pe_fx.ties import Block, Miss, Tie
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -99,11 +100,17 @@ def assert_idempotent(model: nn.Module, inputs: Inputs, **options: Any) -> nn.Mo
 
 def assert_equals_twin(dense: nn.Module, tied: nn.Module, plan: Plan, inputs: Inputs, tolerance: float = 1e-4) -> None:
     """Outputs, buffers and gradients of `tied` are those of the dense model with every target block set to its source block."""
-    twin = dense_twin(dense, plan)
+    tied = copy.deepcopy(tied)
+    gains = {name: parameter for name, parameter in tied.named_parameters() if name.endswith("_gain")}
+    with torch.no_grad():
+        for gain in gains.values():
+            gain.uniform_(0.5, 2)
+    twin = dense_twin(dense, plan, gains)
     kept = {name: _untied(twin.get_parameter(name), plan, name) for name, _ in dense.named_parameters()}
     kept = {name: mask for name, mask in kept.items() if bool(mask.any())}
-    stored = dict(tied.named_parameters())
+    stored = {name: parameter for name, parameter in tied.named_parameters() if name not in gains}
     assert set(stored) == set(kept), f"parameters differ: {sorted(set(stored) ^ set(kept))}"
+    assert set(gains) == {f"{tie.target}_gain" for tie in plan.ties if tie.gain is not None}
     for name, mask in kept.items():
         assert stored[name].numel() == int(mask.sum()), f"{name} stores {tuple(stored[name].shape)} for {int(mask.sum())} untied entries"
     for training in (True, False):
@@ -112,11 +119,12 @@ def assert_equals_twin(dense: nn.Module, tied: nn.Module, plan: Plan, inputs: In
         _compare(got.outputs, expected.outputs, f"{mode} output", tolerance)
         _compare(got.buffers, expected.buffers, f"{mode} buffer", tolerance)
         _compare(got.input_gradients, expected.input_gradients, f"{mode} gradient of input", tolerance)
-        mapped = {name: _mapped(name, expected.gradients, plan, mask, stored[name].shape) for name, mask in kept.items()}
+        mapped = {name: _mapped(name, expected.gradients, plan, mask, stored[name].shape, gains) for name, mask in kept.items()}
+        mapped |= {name: _gain_gradient(name, expected.gradients, plan, twin, gain) for name, gain in gains.items()}
         _compare(got.gradients, mapped, f"{mode} gradient of", tolerance)
 
 
-def dense_twin(dense: nn.Module, plan: Plan) -> nn.Module:
+def dense_twin(dense: nn.Module, plan: Plan, gains: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A copy of the dense model in which every target block holds the values of its source block."""
     twin = copy.deepcopy(dense)
     with torch.no_grad():
@@ -124,7 +132,7 @@ def dense_twin(dense: nn.Module, plan: Plan) -> nn.Module:
             target, source = twin.get_parameter(tie.target), twin.get_parameter(tie.source)
             target_index, source_index = positions(tie)
             flat = target.detach().reshape(-1).clone()
-            flat[target_index] = source.detach().reshape(-1)[source_index]
+            flat[target_index] = source.detach().reshape(-1)[source_index] * factors(tie, plan, gains)
             target.copy_(flat.reshape(target.shape))
     return twin
 
@@ -138,8 +146,62 @@ def positions(tie: Tie) -> tuple[Tensor, Tensor]:
         order = list(range(source.dim()))
         order[first], order[second] = second, first
         source = source.permute(order)
-    assert target.numel() == source.numel()
+    source = source.reshape(target.shape)
+    if tie.seed is not None:
+        source = source.index_select(tie.channels, torch.tensor(signed_order(tie)[0]))
     return target.reshape(-1), source.reshape(-1)
+
+
+def signed_order(tie: Tie) -> tuple[list[int], list[int]]:
+    """Which channel of the source stands at each position of the target, and with what sign, by dealing cards one after another."""
+    size = tie.into.shape[tie.channels]
+    mix = Mix.drawn(tie.channels, size, tie.seed)
+    piles: list[list[int]] = [[] for _ in range(mix.hands)]
+    for card in range(size):
+        piles[card % mix.hands].append(card)
+    cards = [(card, 1) for pile in piles for card in pile]
+    cards = cards[mix.cut :] + [(card, -1) for card, _ in cards[: mix.cut]]
+    return [card for card, _ in cards], [sign for _, sign in cards]
+
+
+def factors(tie: Tie, plan: Plan, gains: Mapping[str, Tensor] | None = None) -> Tensor:
+    """What each entry of the target block is multiplied with."""
+    shape = tie.into.shape
+    along = torch.ones(shape[tie.channels or 0])
+    if tie.seed is not None:
+        along = along * torch.tensor(signed_order(tie)[1])
+    if tie.gain is not None:
+        along = along * (gains[f"{tie.target}_gain"].detach()[_own_gains(tie, plan)] if gains else tie.gain)
+    view = [1] * len(shape)
+    view[tie.channels or 0] = -1
+    return along.view(view).expand(shape).reshape(-1)
+
+
+def _own_gains(tie: Tie, plan: Plan) -> slice:
+    """The place of a tie's learned factors among those of its weight."""
+    start = 0
+    for other in plan.ties:
+        if other == tie:
+            break
+        start += other.gains if other.target == tie.target else 0
+    return slice(start, start + tie.gains)
+
+
+def _gain_gradient(name: str, gradients: dict[str, Tensor | None], plan: Plan, twin: nn.Module, gain: Tensor) -> Tensor | None:
+    """The gradient of learned factors: of each, the sum over its channel of gradient times unscaled weight."""
+    total = torch.zeros_like(gain)
+    for tie in plan.ties:
+        gradient = gradients[tie.target]
+        if tie.gain is None or f"{tie.target}_gain" != name:
+            continue
+        if gradient is None:
+            return None
+        target_index, _ = positions(tie)
+        shape = tie.into.shape
+        share = (gradient * twin.get_parameter(tie.target).detach()).reshape(-1)[target_index].reshape(shape)
+        others = [axis for axis in range(len(shape)) if axis != tie.channels]
+        total[_own_gains(tie, plan)] = share.sum(others) / gain.detach()[_own_gains(tie, plan)]
+    return total
 
 
 def _flat_positions(block: Block) -> Tensor:
@@ -159,7 +221,9 @@ def _untied(parameter: Tensor, plan: Plan, name: str) -> Tensor:
     return mask
 
 
-def _mapped(name: str, gradients: dict[str, Tensor | None], plan: Plan, kept: Tensor, shape: torch.Size) -> Tensor | None:
+def _mapped(
+    name: str, gradients: dict[str, Tensor | None], plan: Plan, kept: Tensor, shape: torch.Size, gains: Mapping[str, Tensor]
+) -> Tensor | None:
     """The gradient that a stored parameter must have: its own, and those of all entries that are views of it."""
     into = [tie for tie in plan.ties if tie.source == name and gradients[tie.target] is not None]
     own = gradients[name]
@@ -170,7 +234,8 @@ def _mapped(name: str, gradients: dict[str, Tensor | None], plan: Plan, kept: Te
         target_index, source_index = positions(tie)
         gradient = gradients[tie.target]
         assert gradient is not None
-        total.index_put_((source_index,), gradient.reshape(-1)[target_index], accumulate=True)
+        through = gradient.reshape(-1)[target_index] * factors(tie, plan, gains)
+        total.index_put_((source_index,), through.to(total), accumulate=True)
     return total[kept].reshape(shape)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pe_fx
+from pe_fx.passes.variants import MIXES
 
 WIDTH, TOKENS = 8, 6
 EXAMPLES = int(os.environ.get("PE_FX_EXAMPLES", "50"))
@@ -133,14 +134,19 @@ def test_random_networks(part: int) -> None:
         database=None,
         phases=[Phase.generate],
     )
-    @given(blocks=st.lists(specs, min_size=1, max_size=4), share=st.sampled_from(((), ("mlp",))))
-    def check(blocks: list[Spec], share: tuple[str, ...]) -> None:
+    @given(
+        blocks=st.lists(specs, min_size=1, max_size=4),
+        share=st.sampled_from(((), ("mlp",))),
+        mix=st.sampled_from(MIXES),
+        gain=st.booleans(),
+    )
+    def check(blocks: list[Spec], share: tuple[str, ...], mix: str, gain: bool) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(*map(Block, blocks)).double()
         before = copy.deepcopy(model.state_dict())
         x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
 
-        plan = pe_fx.plan(model, x, share=share)
+        plan = pe_fx.plan(model, x, share=share, mix=mix, gain=gain)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         tied = {site.weights: site.kind for site in plan.sites}
         expected_sites = {(f"{i}.first", f"{i}.second"): spec.kind for i, spec in enumerate(blocks) if spec.is_site}

@@ -46,7 +46,7 @@ from pe_fx.api import apply, plan
 from pe_fx.capture import ExampleInputs, capture
 from pe_fx.diff.align import align
 from pe_fx.diff.graph import Graph, Node, Operand, path_to
-from pe_fx.ties import Miss, Plan, Shape, Site
+from pe_fx.ties import Miss, Plan, Shape, Site, gain_of
 
 SCHEMA_VERSION = 1
 
@@ -326,7 +326,8 @@ def _sites(comparison: _Comparison, made: Plan) -> Iterator[Change]:
         groups.setdefault(tie.source, {tie.source: None})[tie.target] = None
     for site in made.sites:
         extra = [name for name in comparison.weights if any(_is_inside(name, module) for module in _treated_modules(site))]
-        weights = [comparison.take_weight(name, "; ".join(views.get(name, ()))) for name in dict.fromkeys((*site.weights, *extra))]
+        gains = [gain_of(tie.target) for tie in site.ties if tie.gain is not None]
+        weights = [comparison.take_weight(name, "; ".join(views.get(name, ()))) for name in dict.fromkeys((*site.weights, *extra, *gains))]
         sharing = dict.fromkeys(name for tie in site.ties for name in groups[tie.source])
         yield Change(
             kind=site.kind,

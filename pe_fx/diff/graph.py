@@ -20,6 +20,7 @@ from pe_fx.ties import Shape
 
 _MODES = ("train", "training", "cudnn_enabled")
 _IDENTITIES = ("contiguous", "clone", "alias", "detach", "lift_fresh")
+_SCALED = {"neg": "−{0}", "mul": "{1} · {0}"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class _Reader:
             return Operand("{0}", (self._captured.weights[node],), shape_of(value_of(node)))
         if node.op == "get_attr":
             return self._tied(str(node.target))
-        is_view = node.op.startswith("call") and (KINDS.get(base_name(node)) is Kind.VIEW or base_name(node) in _IDENTITIES)
+        is_view = node.op.startswith("call") and (KINDS.get(base_name(node)) is Kind.VIEW or base_name(node) in (*_IDENTITIES, *_SCALED))
         if not is_view or not operands or any(operand not in self._operands for operand in operands):
             return None
         known = [self._operands[operand] for operand in operands]
@@ -240,6 +241,8 @@ def _view(node: fx.Node, views: list[str]) -> str:
     rank = len(shape_of(value_of(node.all_input_nodes[0])))
     if name in _IDENTITIES:
         return views[0]
+    if name in _SCALED and len(views) == _SCALED[name].count("{"):
+        return _SCALED[name].format(*views)
     if name in ("t", "transpose", "mt", "numpy_t") and {axis % rank for axis in arguments[1:3]} in (set(), {0, 1}):
         return f"{views[0]}ᵀ"
     if name in ("narrow", "slice") and len(arguments) == 4:
