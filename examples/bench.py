@@ -1,8 +1,9 @@
 """Training steps, dense and tied, through Inductor and through the backend pe_fx:  python examples/bench.py
 
-For each model four variants take steps in turns in one process: dense with Inductor, tied with Inductor, tied with backend
-"pe_fx", and dense with backend "pe_fx", which ties it in the graph. Printed are medians as ratios to the first variant; bytes of
-parameters, gradients (what DDP sends per step) and optimizer state; on a GPU the peak memory of a step and its number of kernels.
+For each model five variants take steps in turns in one process: dense with Inductor, tied with Inductor, tied with backend
+"pe_fx", the same with signed permutations and learned gains, and dense with backend "pe_fx", which ties it in the graph. Printed
+are medians as ratios to the first variant; bytes of parameters, gradients (what DDP sends per step) and optimizer state; on a GPU
+the peak memory of a step and its number of kernels.
 
     python examples/bench.py --models deit_small resnet50_keep --rounds 5
     python examples/bench.py --device cuda --batch 128 --csv bench.csv
@@ -178,10 +179,12 @@ def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: i
     dense = subject.build().to(device)
     inputs = subject.sample(batch or subject.batch).to(device)
     tied = pe_fx.transform(dense, inputs, **subject.options)
+    varied = pe_fx.transform(dense, inputs, mix="signed", gain=True, **subject.options)
     variants = [
         Variant("dense, inductor", copy.deepcopy(dense), "inductor", inputs, autocast),
         Variant("tied, inductor", copy.deepcopy(tied), "inductor", inputs, autocast),
         Variant("tied, pe_fx", tied, "pe_fx", inputs, autocast),
+        Variant("signed + gain, pe_fx", varied, "pe_fx", inputs, autocast),
     ]
     if subject.options.get("entry", "keep") == "keep":  # the others change modules, which a graph does not have
         variants.append(Variant("dense, pe_fx", dense, "pe_fx", inputs, autocast))

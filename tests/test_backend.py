@@ -180,6 +180,14 @@ def test_channels_last() -> None:
         assert float((got - expected).norm()) < 1e-3 * float(expected.norm()) + 1e-4, name
 
 
+def test_variants_of_a_tied_model_train_as_eager() -> None:
+    tied = pe_fx.transform(nn.Sequential(mlp(), nn.Tanh(), mlp()), X, mix="signed", gain=True)
+    eager = copy.deepcopy(tied)
+    train(compiled(tied), list(tied.parameters()), X, 5)
+    train(eager, list(eager.parameters()), X, 5)
+    assert_agree(eager, tied)
+
+
 def test_a_tied_model_is_lowered_alone() -> None:
     tied = pe_fx.transform(mlp(), X)
     with warnings.catch_warnings():
@@ -212,6 +220,14 @@ def test_options_choose_rules_and_modules(unlowered: list[str]) -> None:
     model = MODELS["vit"].build()
     compiled(model, rules=["mlp"], exclude=["blocks.0.*"])(MODELS["vit"].inputs)
     assert [str(tie) for tie in pending(model).ties] == ["blocks.1.mlp.fc2.weight ← blocks.1.mlp.fc1.weightᵀ"]
+
+
+def test_signed_ties(unlowered: list[str]) -> None:
+    model = mlp()
+    y = compiled(model, mix="signed")(X)
+    torch.testing.assert_close(y, pe_fx.transform(model, X, mix="signed")(X))
+    assert [str(tie) for tie in pe_fx.commit(model).ties] == ["2.weight ← ±0.weightᵀ"]
+    torch.testing.assert_close(model(X), y)
 
 
 def test_stages_share(unlowered: list[str]) -> None:
