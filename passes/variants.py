@@ -14,10 +14,11 @@ GAIN = 0.2
 
 
 def vary(sites: Iterable[Site], mix: str, gain: float | None) -> list[Site]:
-    """The same sites, in each a tie that `W₂ = g S P Wᵀ` describes: S P drawn by a seed of its own where `mix` is "signed", g from `gain`.
+    """The same sites, each tie `W₂ = g S P Wᵀ T`: signs S, T and order P drawn by a seed where `mix` is "signed", factors g from `gain`.
 
     Plain, `Wᵀ F(W x)` is the gradient of a sum of functions of wᵢ·x: its Jacobian is symmetric, and positive where F
-    increases, so that a residual stack can stretch but hardly rotate. S P breaks that with no parameter.
+    increases, so that a residual stack can stretch but hardly rotate or shrink. S P breaks the symmetry; T, a sign per hidden unit,
+    lets half of the units write against the direction that they read. Neither costs a parameter.
 
     >>> from pe_fx.ties import Block, Tie
     >>> tie = Tie(Block.whole("fc2", (4, 8)), Block.whole("fc1", (8, 4)), transposed=True, channels=0)

@@ -190,7 +190,8 @@ def _layout(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Rang
 def mix_of(tie: Tie) -> Mix | None:
     if tie.seed is None or tie.channels is None:
         return None
-    return Mix.drawn(tie.channels, tie.into.shape[tie.channels], tie.seed)
+    across = tie.axes[1] if tie.channels == tie.axes[0] else tie.axes[0]
+    return Mix.drawn(tie.channels, across, tie.into.shape, tie.seed)
 
 
 def _taken(ties: list[Tie]) -> Ranges:

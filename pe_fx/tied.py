@@ -21,42 +21,57 @@ from pe_fx.ties import Ranges, Shape, gain_of
 
 @dataclass(frozen=True)
 class Mix:
-    """A fixed signed permutation of the channels along `axis`: dealt like cards into `hands`, and cut, what was above the cut negated.
+    """Fixed signs for the channels along both matrix dimensions, and another order along one of them.
 
-    >>> mix = Mix(0, hands=2, cut=2)
-    >>> mix(torch.arange(1, 7))
-    tensor([ 5,  2,  4,  6, -1, -3])
-    >>> mix.inverse(mix(torch.arange(1, 7)))
-    tensor([1, 2, 3, 4, 5, 6])
+    Along `axis` the channels are dealt like cards into `hands`, and cut: what was above the cut comes below, negated. Along
+    `across` the first `half` are negated.
 
-    Made of views and one `cat`, it needs neither an index nor a sign in memory, its gradient scatters nothing, and Inductor fuses it.
+    >>> mix = Mix(axis=0, across=1, hands=2, cut=2, half=1)
+    >>> mix(torch.tensor([[10, 11], [20, 21], [30, 31], [40, 41]])).tolist()
+    [[-20, 21], [-40, 41], [10, -11], [30, -31]]
+    >>> mix.inverse(mix(torch.eye(4, 2))).equal(torch.eye(4, 2))
+    True
+
+    Made of views and `cat`, it needs neither an index nor a sign in memory, its gradient scatters nothing, and Inductor fuses it.
     """
 
     axis: int
+    across: int
     hands: int
     cut: int
+    half: int
 
     @classmethod
-    def drawn(cls, axis: int, size: int, seed: int) -> Mix:
-        """The permutation of `size` channels that the seed stands for."""
-        draw = random.Random(seed)
+    def drawn(cls, axis: int, across: int, shape: Shape, seed: int) -> Mix:
+        """The mix of a weight of this shape that the seed stands for."""
+        draw, size = random.Random(seed), shape[axis]
         divisors = [hands for hands in range(2, size // 2 + 1) if size % hands == 0]
         middle = sorted(divisors, key=lambda hands: abs(math.log(hands * hands / size)))[:4]  # far from the identity and the reversal
-        return cls(axis, draw.choice(middle or [1]), draw.randint((size + 3) // 4, max(3 * size // 4, (size + 3) // 4)))
+        cut = draw.randint((size + 3) // 4, max(3 * size // 4, (size + 3) // 4))
+        return cls(axis, across, draw.choice(middle or [1]), cut, shape[across] // 2)
 
     def __call__(self, part: Tensor) -> Tensor:
-        dealt = self._dealt(part, (-1, self.hands))
-        above, below = dealt.narrow(self.axis, 0, self.cut), dealt[(*[slice(None)] * self.axis, slice(self.cut, None))]
+        dealt = self._dealt(_with_negated(part, self.across, self.half), (-1, self.hands))
+        above, below = _split(dealt, self.axis, self.cut)
         return torch.cat([below, above.neg()], self.axis)
 
     def inverse(self, mixed: Tensor) -> Tensor:
-        size = mixed.shape[self.axis]
-        below, above = mixed.narrow(self.axis, 0, size - self.cut), mixed.narrow(self.axis, size - self.cut, self.cut)
-        return self._dealt(torch.cat([above.neg(), below], self.axis), (self.hands, -1))
+        below, above = _split(mixed, self.axis, mixed.shape[self.axis] - self.cut)
+        dealt = self._dealt(torch.cat([above.neg(), below], self.axis), (self.hands, -1))
+        return _with_negated(dealt, self.across, self.half)
 
     def _dealt(self, part: Tensor, grid: tuple[int, int]) -> Tensor:
         rows: Tensor = part.unflatten(self.axis, grid)  # type: ignore[no-untyped-call]
         return rows.transpose(self.axis, self.axis + 1).flatten(self.axis, self.axis + 1)
+
+
+def _split(part: Tensor, axis: int, count: int) -> tuple[Tensor, Tensor]:
+    return part.narrow(axis, 0, count), part[(*[slice(None)] * axis, slice(count, None))]
+
+
+def _with_negated(part: Tensor, axis: int, count: int) -> Tensor:
+    first, rest = _split(part, axis, count)
+    return torch.cat([first.neg(), rest], axis)
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,8 @@ class Tie:
     fc2.weight ← gain · ±fc1.weightᵀ
 
     `channels` is the dimension of `into` along which a variant of the tie changes it, None where it only repeats its source: a
-    signed permutation, drawn by `seed`, and a learned factor per channel that starts at `gain`. It is the dimension of the
-    output channels, so that a unit does not write back along the direction that it reads.
+    signed permutation, drawn by `seed` (with signs along the other of `axes`, too), and a learned factor per channel that starts
+    at `gain`. It is the dimension of the output channels, so that a unit does not write back along the direction that it reads.
 
     Raises `PeFxError` where the two blocks do not have matching shapes.
     """

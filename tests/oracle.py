@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import pe_fx
 from pe_fx import Plan
-from pe_fx.tied import Mix
+from pe_fx.rewrite import mix_of
 from pe_fx.ties import Block, Miss, Tie
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
@@ -154,10 +154,10 @@ def positions(tie: Tie) -> tuple[Tensor, Tensor]:
 
 def signed_order(tie: Tie) -> tuple[list[int], list[int]]:
     """Which channel of the source stands at each position of the target, and with what sign, by dealing cards one after another."""
-    size = tie.into.shape[tie.channels]
-    mix = Mix.drawn(tie.channels, size, tie.seed)
+    mix = mix_of(tie)
+    assert mix is not None
     piles: list[list[int]] = [[] for _ in range(mix.hands)]
-    for card in range(size):
+    for card in range(tie.into.shape[mix.axis]):
         piles[card % mix.hands].append(card)
     cards = [(card, 1) for pile in piles for card in pile]
     cards = cards[mix.cut :] + [(card, -1) for card, _ in cards[: mix.cut]]
@@ -166,15 +166,16 @@ def signed_order(tie: Tie) -> tuple[list[int], list[int]]:
 
 def factors(tie: Tie, plan: Plan, gains: Mapping[str, Tensor] | None = None) -> Tensor:
     """What each entry of the target block is multiplied with."""
-    shape = tie.into.shape
-    along = torch.ones(shape[tie.channels or 0])
-    if tie.seed is not None:
-        along = along * torch.tensor(signed_order(tie)[1])
+    result = torch.ones(tie.into.shape)
+    along = [1] * result.dim()
+    along[tie.channels or 0] = -1
+    if (mix := mix_of(tie)) is not None:
+        result = result * torch.tensor(signed_order(tie)[1]).view(along)
+        result.narrow(mix.across, 0, result.shape[mix.across] // 2).neg_()
     if tie.gain is not None:
-        along = along * (gains[f"{tie.target}_gain"].detach()[_own_gains(tie, plan)] if gains else tie.gain)
-    view = [1] * len(shape)
-    view[tie.channels or 0] = -1
-    return along.view(view).expand(shape).reshape(-1)
+        learned = gains[f"{tie.target}_gain"].detach()[_own_gains(tie, plan)] if gains else torch.full((tie.gains,), tie.gain)
+        result = result * learned.view(along)
+    return result.reshape(-1)
 
 
 def _own_gains(tie: Tie, plan: Plan) -> slice:

@@ -30,21 +30,23 @@ every_variant = pytest.mark.parametrize("options", VARIANTS, ids=["signed", "gai
 def test_mix_is_a_signed_permutation_and_its_inverse_undoes_it(size: int) -> None:
     numbers = torch.arange(1, size + 1)
     for seed in range(5):
-        mix = Mix.drawn(0, size, seed)
-        mixed = mix(numbers)
-        assert sorted(mixed.abs().tolist()) == numbers.tolist()
-        assert torch.equal(mix.inverse(mixed), numbers)
-        assert size < 4 or size / 4 <= int((mixed < 0).sum()) <= 3 * size / 4 + 1
-        assert Mix.drawn(0, size, seed) == mix
+        mix = Mix.drawn(0, 1, (size, 4), seed)
+        mixed = mix(torch.stack([numbers] * 4, 1))
+        assert torch.equal(mix.inverse(mixed), torch.stack([numbers] * 4, 1))
+        assert torch.equal(mixed[:, 0], -mixed[:, 3])
+        assert torch.equal(mixed[:, 2], mixed[:, 3])
+        assert sorted(mixed[:, 3].abs().tolist()) == numbers.tolist()
+        assert size < 4 or size / 4 <= int((mixed[:, 3] < 0).sum()) <= 3 * size / 4 + 1
+        assert Mix.drawn(0, 1, (size, 4), seed) == mix
 
 
 def test_seeds_differ() -> None:
-    assert len({Mix.drawn(0, 384, seed) for seed in range(100)}) > 90
+    assert len({Mix.drawn(0, 1, (384, 4), seed) for seed in range(100)}) > 90
 
 
 def test_any_axis() -> None:
     weight = torch.randn(6, 4, 1, 1)
-    assert torch.equal(Mix(1, 2, 1)(weight), Mix(0, 2, 1)(weight.transpose(0, 1)).transpose(0, 1))
+    assert torch.equal(Mix(1, 0, 2, 1, 3)(weight), Mix(0, 1, 2, 1, 3)(weight.transpose(0, 1)).transpose(0, 1))
 
 
 # ---- models
@@ -57,7 +59,7 @@ def test_the_formula() -> None:
     assert torch.equal(tied[2].weight_gain, torch.full((8,), 0.5))
     with torch.no_grad():
         tied[2].weight_gain.copy_(torch.arange(8.0))
-    mixed = Mix.drawn(0, 8, plan.ties[0].seed)(tied[0].weight.t())
+    mixed = Mix.drawn(0, 1, (8, 16), plan.ties[0].seed)(tied[0].weight.t())
     assert torch.equal(tied[2].weight, torch.arange(8.0)[:, None] * mixed)
     assert str(tied[2]) == "TiedLinear(in_features=16, out_features=8, bias=True, weight ← gain · ±0.weightᵀ)"
 
