@@ -57,9 +57,9 @@ class Block(nn.Module):
         batch, length, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(y.transpose(1, 2).flatten(2))
-        y = self.down(functional.gelu(self.up(self.norm2(x))))
-        return x + y
+        after: Tensor = x + self.proj(y.transpose(1, 2).flatten(2))
+        change: Tensor = self.down(functional.gelu(self.up(self.norm2(after))))
+        return after + change
 
 
 class Bytes(nn.Module):

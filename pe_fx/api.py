@@ -128,7 +128,8 @@ def transform(
         include, exclude: globs on module names, such as "layer3.*".
         mix: "signed" puts the tied output channels in a fixed other order with fixed signs; the plan keeps the seeds.
         gain: True, or a starting value, gives each tied output channel a learned factor, `<name of the weight>_gain`.
-        init: "keep" the source's values, their "mean" with the tied weights', or "reset" by the owner's reset_parameters().
+        init: "keep" the source's values, their "mean" with the tied weights', or "reset": drawn anew, normal,
+            with a standard deviation of 1 / sqrt(inputs).
         inplace: change `model` itself.
 
     Returns:

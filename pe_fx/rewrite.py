@@ -211,19 +211,12 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _initial_values(model: nn.Module, plan: Plan, init: str) -> dict[str, Tensor]:
-    """New values for the sources. "mean" averages over all that share one matrix."""
+    """New values for the sources. "mean" averages over all that share one matrix, "reset" draws anew."""
     if init == "keep":
         return {}
     sources = dict.fromkeys(tie.source for tie in plan.ties)
     if init == "reset":
-        owners = list(dict.fromkeys(_owner(model, name)[0] for name in sources))
-        resets = [getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None) for module in owners]
-        if None in resets:
-            name = type(owners[resets.index(None)]).__name__
-            raise PeFxError(f"init='reset': {name} has no reset_parameters(); use 'keep' and initialise the model yourself")
-        for reset in resets:
-            reset()  # type: ignore[misc]
-        return {}
+        return {name: _drawn(model.get_parameter(name), [tie for tie in plan.ties if tie.source == name]) for name in sources}
     totals = {name: model.get_parameter(name).detach().clone() for name in sources}
     counts = {name: torch.ones_like(total) for name, total in totals.items()}
     for tie in plan.ties:
@@ -236,6 +229,13 @@ def _initial_values(model: nn.Module, plan: Plan, init: str) -> dict[str, Tensor
         add_part(totals[tie.source], tie.of, value.reshape(tie.of.shape))
         add_part(counts[tie.source], tie.of, torch.ones_like(value).reshape(tie.of.shape))
     return {name: total / counts[name] for name, total in totals.items()}
+
+
+def _drawn(source: Tensor, ties: Iterable[Tie]) -> Tensor:
+    """Normal values that keep the scale of what the source is applied to: their standard deviation is 1 / sqrt(inputs)."""
+    outputs = {tie.channels if tie.transposed else sum(tie.axes) - tie.channels for tie in ties if tie.channels is not None}
+    inputs = source.numel() / source.shape[min(outputs, default=0)]
+    return torch.randn_like(source).div(inputs**0.5)
 
 
 def part(dense: Tensor, block: Block) -> Tensor:

@@ -1,0 +1,76 @@
+"""Tables and the plot of what `accuracy.py` measured."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from accuracy import TASKS, Row
+from matplotlib.figure import Figure
+from scipy import stats
+
+COLORS = {
+    "dense": "black",
+    "dense, half as deep": "gray",
+    "tied": "tab:red",
+    "tied, signed": "tab:blue",
+    "FFN only, signed": "tab:green",
+    "tied, expand": "tab:orange",
+    "tied, expand, signed": "tab:purple",
+}
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """For each task a table in Markdown: a line for each variant, a column for each training length."""
+    return "\n\n".join(_table(name, [row for row in rows if row["task"] == name]) for name in TASKS if any(r["task"] == name for r in rows))
+
+
+def _table(name: str, rows: Sequence[Row]) -> str:
+    lengths = sorted({int(row["steps"]) for row in rows})
+    lines = [
+        f"{name}, {TASKS[name].unit} after … steps (mean ± 95 % interval of the mean; seeds)",
+        "",
+        "| variant | parameters | " + " | ".join(f"{length:,}" for length in lengths) + " |",
+        "| --- " * (len(lengths) + 2) + "|",
+    ]
+    for variant in TASKS[name].variants:
+        own = [row for row in rows if row["variant"] == variant.name]
+        if own:
+            cells = [interval([float(row["score"]) for row in own if int(row["steps"]) == length]) for length in lengths]
+            before = [float(row["before"]) for row in own if row["before"]]
+            note = f" (before: {statistics.mean(before):.3f})" if before else ""
+            lines.append(f"| {variant.name}{note} | {int(own[0]['params']):,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def interval(values: Sequence[float]) -> str:
+    """
+    >>> interval([1.0, 2.0, 3.0]), interval([1.5]), interval([])
+    ('2.000 ± 2.484 (3)', '1.500 (1)', '')
+    """
+    if not values:
+        return ""
+    mean, n = statistics.mean(values), len(values)
+    half = "" if n < 2 else f" ± {stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n):.3f}"
+    return f"{mean:.3f}{half} ({n})"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Score by training length, one panel a task; every run is a point, the line goes through the means."""
+    names = [name for name in TASKS if any(row["task"] == name for row in rows)]
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for variant, color in COLORS.items():
+            own = [(int(row["steps"]), float(row["score"])) for row in rows if (row["task"], row["variant"]) == (name, variant)]
+            if own:
+                lengths = sorted({length for length, _ in own})
+                means = [statistics.mean(score for length, score in own if length == wanted) for wanted in lengths]
+                axes.plot(lengths, means, color=color, label=variant, linestyle="--" if variant.startswith("dense") else "-")
+                axes.plot(*zip(*own, strict=True), ".", color=color, alpha=0.5)
+        axes.set(title=name, xlabel="training steps", ylabel=TASKS[name].unit, xscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
