@@ -18,6 +18,7 @@ from pe_fx.dynamo import GraphWeight, classes_in, fake_like, graph_break, lower,
 from pe_fx.errors import NoSitesWarning, PeFxError
 from pe_fx.ledger import Ledger, ledger
 from pe_fx.lowering import UUID, run_passes
+from pe_fx.operation import place_of
 from pe_fx.rewrite import rewrite_graph
 from pe_fx.tied import Tied
 from pe_fx.ties import Site
@@ -102,8 +103,8 @@ class Backend:
             made = plan(gm, captured, **options)
         except PeFxError:
             raise
-        except Exception:
-            log.exception("matching failed: this graph is compiled without new ties")
+        except Exception as error:
+            log.exception("matching failed at %s: this graph is compiled without new ties", place_of(error))
             return []
         for miss in made.misses:
             log.info("not tied: %s (%s): %s", miss.name, miss.kind, miss.reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import string
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -188,3 +189,13 @@ def is_floating(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(is_floating, value))
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def place_of(error: BaseException) -> str:
+    """The node of a graph at which an exception came, as far as the variables of the innermost frames tell."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for value in reversed(list(frame.f_locals.values())):
+            node = value.node if isinstance(value, Op) else value
+            if isinstance(node, fx.Node):
+                return node.name
+    return "no node"

@@ -9,6 +9,7 @@ from torch import fx
 from pe_fx.lowering.casts import share_casts
 from pe_fx.lowering.copies import share_copies
 from pe_fx.lowering.sums import sum_in_turn
+from pe_fx.operation import place_of
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,6 @@ def run_passes(graph: fx.Graph) -> None:
     for lowering_pass in PASSES:
         try:
             lowering_pass(graph)
-        except Exception:
-            log.exception("%s failed and is left out", lowering_pass.__name__)
+        except Exception as error:
+            log.exception("%s failed at %s and is left out", lowering_pass.__name__, place_of(error))
     graph.eliminate_dead_code()
