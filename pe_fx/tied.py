@@ -82,7 +82,8 @@ class TiedWeight:
 
     def dense(self, owner: nn.Module, name: str) -> Tensor:
         sources = [stored(module, attribute) for module, attribute in self.sources]
-        if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *filter(_is_tensor, owner._parameters.values())))):
+        others = [parameter for parameter in owner._parameters.values() if parameter is not None]
+        if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *others))):
             raise PeFxError(
                 f"{name} of {owner} reads a shard: its source was sharded apart from it. FSDP2 must shard both modules as one unit, "
                 "pe_fx.distributed.fully_shard(model) or fully_shard([first, second]); pe_fx.distributed.check(model) names them. "
@@ -103,10 +104,6 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements")
 
 
-def _is_tensor(parameter: Tensor | None) -> bool:
-    return parameter is not None
-
-
 class Tied(Derived):
     """A module with weights that are views; `tied_weights` says which, and of what."""
 
@@ -124,7 +121,7 @@ class Tied(Derived):
 
 def _property(name: str) -> property:
     def dense(self: Any) -> Tensor:
-        own = self._parameters.get(name)
+        own: Tensor | None = self._parameters.get(name)
         if own is not None and is_sharded(own):
             return own  # FSDP2, between forward passes, looks for its parameter under this name
         weight: Tensor = self.tied_weights[name].dense(self, name)
