@@ -16,13 +16,29 @@ from torch import Tensor, nn
 
 import pe_fx
 from pe_fx import PeFxError, Plan
+from pe_fx.api import plan_of
 from pe_fx.distributed import check, tensor_parallel_plan, units
+from pe_fx.ties import Block, Site, Tie
 
 TOLERANCE = 1e-9
 
 
 def mlp(width: int = 8, between: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(linear(4, width), nn.GELU(), *([] if between is None else [between]), linear(width, 4))
+
+
+class Net(nn.Module):
+    """Blocks in a list, and a layer beside them."""
+
+    def __init__(self, *blocks: nn.Module, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head or linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
 
 
 # ---- on several processes
@@ -65,13 +81,30 @@ def case(dense: nn.Module, batch: Tensor, **options: Any) -> Case:
     return Case(pe_fx.apply(dense, plan).double(), plan, batch.double() if batch.is_floating_point() else batch)
 
 
+def apart() -> Case:
+    """One W in two blocks that are no neighbours, and one in a block and the layer beside the blocks."""
+    net = Net(mlp(4), mlp(), mlp(), mlp())
+    shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+
+    def tie(target: str, source: str, transposed: bool) -> Tie:
+        return Tie(Block.whole(target, shapes[target]), Block.whole(source, shapes[source]), transposed)
+
+    ties = (
+        tie("blocks.3.0.weight", "blocks.1.0.weight", False),
+        tie("blocks.3.2.weight", "blocks.1.0.weight", True),
+        tie("head.weight", "blocks.0.0.weight", True),
+    )
+    plan = plan_of([Site("mlp", "", tuple(tie.target for tie in ties), ties)], shapes)
+    return Case(pe_fx.apply(net, plan).double(), plan, torch.randn(4, 4, dtype=torch.float64))
+
+
 @pytest.fixture(scope="module")
 def cases() -> dict[str, Case]:
     torch.manual_seed(0)
     net = resnet()
-    stages = {f"resnet, {entry}": case(net, IMAGES, entry=entry) for entry in ("keep", "slice", "expand")}
+    stages = {name: case(net, IMAGES, entry=name.removeprefix("resnet, ")) for name in RESNETS}
     dense = Case(mlp().double(), Plan(), torch.randn(4, 4, dtype=torch.float64))
-    tied = {"vit": case(vit(), IMAGES), "gpt2": case(text(), TOKENS), "attention": case(Separate(), WORDS)}
+    tied = {"vit": case(vit(), IMAGES), "gpt2": case(text(), TOKENS), "attention": case(Separate(), WORDS), "apart": apart()}
     return tied | stages | {"dense": dense, "dense vit": Case(vit().double(), Plan(), IMAGES.double())}
 
 
@@ -80,13 +113,14 @@ def alone(cases: dict[str, Case]) -> dict[str, Run]:
     return {name: ranks.alone(case) for name, case in cases.items() if case.plan.sites}
 
 
-WAYS = [
-    (2, way, name, False) for way in (ranks.ddp, ranks.fsdp) for name in ("vit", "gpt2", "resnet, keep", "resnet, slice", "resnet, expand")
-]
+RESNETS = ("resnet, keep", "resnet, slice", "resnet, expand")
+WAYS = [(2, way, name, False) for way in (ranks.ddp, ranks.fsdp) for name in ("vit", "gpt2", *RESNETS)]
+WAYS += [(2, ranks.fsdp, "apart", False), (4, ranks.fsdp, "resnet, expand", False)]
+WAYS += [(4, way, "vit", False) for way in (ranks.ddp, ranks.fsdp)]
 WAYS += [(world, ranks.tensor_parallel, name, False) for world in (2, 4) for name in ("vit", "gpt2", "attention")]
+WAYS += [(4, ranks.two_dimensional, name, False) for name in ("vit", "gpt2")]
 WAYS += [(2, way, name, True) for way in (ranks.ddp, ranks.fsdp, ranks.tensor_parallel) for name in ("vit", "gpt2")]
-WAYS += [(2, ranks.fsdp, "resnet, expand", True), (4, ranks.ddp, "vit", False), (4, ranks.fsdp, "vit", False)]
-WAYS += [(4, ranks.fsdp, "resnet, expand", False), (4, ranks.two_dimensional, "vit", False), (4, ranks.two_dimensional, "gpt2", False)]
+WAYS += [(2, ranks.fsdp, "resnet, expand", True)]
 """How many processes, how, which model, whether with activation checkpointing."""
 
 
@@ -201,20 +235,6 @@ def test_split_tie_is_refused_where_it_is_read(results: dict[int, dict[str, Any]
 # ---- units
 
 
-class Net(nn.Module):
-    """Blocks in a list, and a layer beside them."""
-
-    def __init__(self, *blocks: nn.Module, head: nn.Module | None = None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.head = head or linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
-
-
 def names(model: nn.Module, modules: list[nn.Module] | None = None) -> list[list[str]]:
     known = {module: name for name, module in model.named_modules()}
     return [[known[module] for module in unit] for unit in units(model, modules)]
@@ -235,16 +255,15 @@ def test_stages_of_a_resnet_are_units(cases: dict[str, Case]) -> None:
     assert names(cases["resnet, keep"].model) == [*stages, ["layer3.0"], ["layer4.0"]]
 
 
-def test_blocks_that_share_need_not_be_neighbours() -> None:
+def test_blocks_that_share_need_not_be_neighbours(cases: dict[str, Case]) -> None:
+    """What shares with the root, here the first block, belongs to it."""
+    assert names(cases["apart"].model) == [["blocks.1", "blocks.3"], ["blocks.2"]]
+
+
+def test_a_parameter_in_two_places_is_shared_too() -> None:
     net = Net(mlp(), mlp(), mlp())
     net.blocks[2][0].weight = net.blocks[0][0].weight
     assert names(net) == [["blocks.0", "blocks.2"], ["blocks.1"]]
-
-
-def test_what_shares_with_the_root_belongs_to_it() -> None:
-    net = Net(mlp(4), mlp(), head=linear(4, 4))
-    net.head.weight = net.blocks[0][0].weight
-    assert names(net) == [["blocks.1"]]
 
 
 def test_inner_units_come_first() -> None:
