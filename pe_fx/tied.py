@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_fx.derived import Derived, derive
+from pe_fx.errors import PeFxError
 from pe_fx.ties import Ranges, Shape, gain_of
 
 
@@ -157,6 +158,13 @@ class TiedWeight:
 
     def dense(self, owner: nn.Module, name: str) -> Tensor:
         sources = [stored(module, attribute) for module, attribute in self.sources]
+        others = [parameter for parameter in owner._parameters.values() if parameter is not None]
+        if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *others))):
+            raise PeFxError(
+                f"{name} of {owner} reads a shard: its source was sharded apart from it. FSDP2 must shard both modules as one unit, "
+                "pe_fx.distributed.fully_shard(model) or fully_shard([first, second]); pe_fx.distributed.check(model) names them. "
+                "Tensor parallel needs a style for both: pe_fx.distributed.tensor_parallel_plan"
+            )
         return self.layout.assemble(owner._parameters.get(name), sources, owner._parameters.get(gain_of(name)))
 
 
@@ -165,6 +173,11 @@ def stored(module: nn.Module, name: str) -> Tensor:
     parameter = module._parameters[name]
     assert parameter is not None
     return parameter
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, the class of which takes long to import."""
+    return hasattr(parameter, "placements")
 
 
 class Tied(Derived):
@@ -184,6 +197,9 @@ class Tied(Derived):
 
 def _property(name: str) -> property:
     def dense(self: Any) -> Tensor:
+        own: Tensor | None = self._parameters.get(name)
+        if own is not None and is_sharded(own):
+            return own  # FSDP2, between forward passes, looks for its parameter under this name
         weight: Tensor = self.tied_weights[name].dense(self, name)
         return weight
 
