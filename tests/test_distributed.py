@@ -103,9 +103,14 @@ def cases() -> dict[str, Case]:
     torch.manual_seed(0)
     net = resnet()
     stages = {name: case(net, IMAGES, entry=name.removeprefix("resnet, ")) for name in RESNETS}
+    signed = {
+        "vit, signed": case(vit(), IMAGES, **VARIANT),
+        "attention, signed": case(Separate(), WORDS, **VARIANT),
+        "resnet, expand, signed": case(net, IMAGES, entry="expand", **VARIANT),
+    }
     dense = Case(mlp().double(), Plan(), torch.randn(4, 4, dtype=torch.float64))
     tied = {"vit": case(vit(), IMAGES), "gpt2": case(text(), TOKENS), "attention": case(Separate(), WORDS), "apart": apart()}
-    return tied | stages | {"dense": dense, "dense vit": Case(vit().double(), Plan(), IMAGES.double())}
+    return tied | stages | signed | {"dense": dense, "dense vit": Case(vit().double(), Plan(), IMAGES.double())}
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +118,7 @@ def alone(cases: dict[str, Case]) -> dict[str, Run]:
     return {name: ranks.alone(case) for name, case in cases.items() if case.plan.sites}
 
 
+VARIANT: dict[str, Any] = {"mix": "signed", "gain": 0.5}
 RESNETS = ("resnet, keep", "resnet, slice", "resnet, expand")
 WAYS = [(2, way, name, False) for way in (ranks.ddp, ranks.fsdp) for name in ("vit", "gpt2", *RESNETS)]
 WAYS += [(2, ranks.fsdp, "apart", False), (4, ranks.fsdp, "resnet, expand", False)]
@@ -121,6 +127,8 @@ WAYS += [(world, ranks.tensor_parallel, name, False) for world in (2, 4) for nam
 WAYS += [(4, ranks.two_dimensional, name, False) for name in ("vit", "gpt2")]
 WAYS += [(2, way, name, True) for way in (ranks.ddp, ranks.fsdp, ranks.tensor_parallel) for name in ("vit", "gpt2")]
 WAYS += [(2, ranks.fsdp, "resnet, expand", True)]
+WAYS += [(2, way, "vit, signed", False) for way in (ranks.ddp, ranks.fsdp, ranks.tensor_parallel)]
+WAYS += [(2, ranks.tensor_parallel, "attention, signed", False), (2, ranks.fsdp, "resnet, expand, signed", False)]
 """How many processes, how, which model, whether with activation checkpointing."""
 
 
