@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,19 @@ def test_no_gradient_reaches_what_is_tied() -> None:
     report = pe_fx.verify(net, X)
     assert report.notes == ("train: no gradient reaches a tied weight", "eval: no gradient reaches a tied weight")
     assert not pe_fx.verify(net.inner, X).notes
+
+
+def test_a_model_with_random_numbers_of_its_own_seed() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(next(seeds)))
+        return m.inner(x + noise) if m.training else m.inner(x)
+
+    seeds = itertools.count()
+    net = Net(forward, inner=pe_fx.transform(mlp(), X))
+    report = pe_fx.verify(net, X)
+    assert report
+    assert {comparison.mode for comparison in report.comparisons} == {"eval"}
+    assert report.notes[0].startswith("train: not compared, since two runs of the dense twin differ by")
 
 
 def test_the_model_is_not_touched() -> None:
