@@ -81,8 +81,9 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
     The default `tolerance` of the relative error is 1e-4, for half precision 1e-2 and for bfloat16 5e-2.
     The gradient of a source must be the sum of the twin's gradients, mapped through the ties. Random operations draw the same
     numbers in both. Parameters that are constant, such as a scale that starts at zero, are given other values in the copies that
-    are compared, lest they hide an error. Where the twin's own backward raises, no gradient reaches a tied weight, or the twin does
-    not even equal itself, since it seeds random numbers of its own, the report says so. The model itself is not touched. Raises `PeFxError` where nothing in the model is tied.
+    are compared, lest they hide an error. The report says so where the twin's own backward raises, where no gradient reaches a
+    tied weight, and where the twin does not even equal itself, since it seeds random numbers of its own. The model itself is not
+    touched. Raises `PeFxError` where nothing in the model is tied.
     """
     tied_modules = [module for module in model.modules() if isinstance(module, Tied)]
     if not tied_modules:
