@@ -22,7 +22,7 @@ import json
 import multiprocessing
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -329,7 +329,7 @@ def run_all(runs: Sequence[Run], path: Path, device: str, jobs: int) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
-        futures = {pool.submit(work, run, device): run for run in todo}
+        futures: dict[Future[Row], Run] = {pool.submit(work, run, device): run for run in todo}
         for future in as_completed(futures):
             writer.writerow(future.result())
             file.flush()
