@@ -85,9 +85,8 @@ def _listed(name: str, value: Any) -> Any:
 def _create(dense: str, twin: str, pretrained: bool, kwargs: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     cfg = kwargs.get("pretrained_cfg")
     holds_tied = pretrained and isinstance(cfg, Mapping) and bool(cfg.get("source"))  # the folder's own file named the twin
-    model: nn.Module = model_entrypoint(dense)(pretrained=pretrained and not holds_tied, **kwargs)
-    model = _tied(model, kwargs, options)
-    model.pretrained_cfg["architecture"] = twin  # type: ignore[index,operator]
+    model: nn.Module = _tied(model_entrypoint(dense)(pretrained=pretrained and not holds_tied, **kwargs), kwargs, options)
+    model.pretrained_cfg["architecture"] = twin
     model.register_load_state_dict_pre_hook(functools.partial(_tie_dense_weights, dense=dense, kwargs=kwargs, options=options))
     if holds_tied:
         load_pretrained(
@@ -100,15 +99,15 @@ def _create(dense: str, twin: str, pretrained: bool, kwargs: dict[str, Any], opt
     return model
 
 
-def _tied(model: nn.Module, kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
+def _tied(model: Any, kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     return pe_fx.transform(model, _image(model, kwargs), **{**options, "inplace": True})
 
 
-def _image(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | None:
+def _image(model: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     """An input for a model that is not of its configuration's size; else it is derived."""
     if "img_size" not in kwargs and "in_chans" not in kwargs:
         return None
-    channels, *size = model.pretrained_cfg["input_size"]  # type: ignore[index,misc]
+    channels, *size = model.pretrained_cfg["input_size"]
     size = kwargs.get("img_size", size)
     height, width = (size, size) if isinstance(size, int) else size
     like = next(model.parameters())
@@ -128,7 +127,7 @@ def _tie_dense_weights(
     if prefix or not _is_dense(model, state_dict):
         return
     classes = {"num_classes": model.num_classes} if hasattr(model, "num_classes") else {}
-    twin: nn.Module = model_entrypoint(dense)(pretrained=False, **{**kwargs, **classes})
+    twin = model_entrypoint(dense)(pretrained=False, **{**kwargs, **classes})
     twin.load_state_dict(state_dict)
     state_dict.clear()
     state_dict.update(_tied(twin, kwargs, options).state_dict())
@@ -136,15 +135,14 @@ def _tie_dense_weights(
 
 def _is_dense(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
     """Whether every weight that the model has tied away, as a whole or in part, is there as a whole."""
+    stored = model.state_dict()
     tied = [
-        (f"{path}.{name}" if path else name, module._parameters.get(name))
+        f"{path}.{name}" if path else name
         for path, module in model.named_modules()
         if isinstance(module, Tied)
         for name in module.tied_weights
     ]
-    return bool(tied) and all(
-        name in state_dict and (kept is None or state_dict[name].shape != kept.shape) for name, kept in tied
-    )
+    return bool(tied) and all(name in state_dict and (name not in stored or state_dict[name].shape != stored[name].shape) for name in tied)
 
 
 def _register_all() -> None:
