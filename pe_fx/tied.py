@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_fx.derived import Derived, derive
+from pe_fx.errors import PeFxError
 from pe_fx.ties import Ranges, Shape
 
 
@@ -80,7 +81,15 @@ class TiedWeight:
     order: list[str] = field(default_factory=list)
 
     def dense(self, owner: nn.Module, name: str) -> Tensor:
-        return self.layout.assemble(owner._parameters.get(name), [stored(module, attribute) for module, attribute in self.sources])
+        sources = [stored(module, attribute) for module, attribute in self.sources]
+        others = [parameter for parameter in owner._parameters.values() if parameter is not None]
+        if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *others))):
+            raise PeFxError(
+                f"{name} of {owner} reads a shard: its source was sharded apart from it. FSDP2 must shard both modules as one unit, "
+                "pe_fx.distributed.fully_shard(model) or fully_shard([first, second]); pe_fx.distributed.check(model) names them. "
+                "Tensor parallel needs a style for both: pe_fx.distributed.tensor_parallel_plan"
+            )
+        return self.layout.assemble(owner._parameters.get(name), sources)
 
 
 def stored(module: nn.Module, name: str) -> Tensor:
@@ -88,6 +97,11 @@ def stored(module: nn.Module, name: str) -> Tensor:
     parameter = module._parameters[name]
     assert parameter is not None
     return parameter
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, the class of which takes long to import."""
+    return hasattr(parameter, "placements")
 
 
 class Tied(Derived):
@@ -107,6 +121,9 @@ class Tied(Derived):
 
 def _property(name: str) -> property:
     def dense(self: Any) -> Tensor:
+        own: Tensor | None = self._parameters.get(name)
+        if own is not None and is_sharded(own):
+            return own  # FSDP2, between forward passes, looks for its parameter under this name
         weight: Tensor = self.tied_weights[name].dense(self, name)
         return weight
 
