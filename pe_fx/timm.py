@@ -85,7 +85,7 @@ def _listed(name: str, value: Any) -> Any:
 def _create(dense: str, twin: str, pretrained: bool, kwargs: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     cfg = kwargs.get("pretrained_cfg")
     holds_tied = pretrained and isinstance(cfg, Mapping) and bool(cfg.get("source"))  # the folder's own file named the twin
-    model: nn.Module = _tied(model_entrypoint(dense)(pretrained=pretrained and not holds_tied, **kwargs), kwargs, options)
+    model: Any = _tied(model_entrypoint(dense)(pretrained=pretrained and not holds_tied, **kwargs), kwargs, options)
     model.pretrained_cfg["architecture"] = twin
     model.register_load_state_dict_pre_hook(functools.partial(_tie_dense_weights, dense=dense, kwargs=kwargs, options=options))
     if holds_tied:
@@ -96,7 +96,7 @@ def _create(dense: str, twin: str, pretrained: bool, kwargs: dict[str, Any], opt
             in_chans=kwargs.get("in_chans", 3),
             cache_dir=kwargs.get("cache_dir"),
         )
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def _tied(model: Any, kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
