@@ -65,7 +65,14 @@ def register(dense: str, twin: str | None = None, **options: Any) -> None:
     cfgs = {name.partition(".")[2]: cfg for name, cfg in get_arch_pretrained_cfgs(dense).items()}
     if cfgs:
         default_cfgs[twin] = DefaultCfg(tags=deque(cfgs), cfgs=cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
-    globals()[twin] = register_model(_entrypoint(dense, twin, options))
+    register_model(_entrypoint(dense, twin, options))
+
+
+def __getattr__(name: str) -> Any:
+    """The entry point of a twin, which timm expects where it is registered."""
+    if timm.models.is_model_in_modules(name, "timm"):
+        return model_entrypoint(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _entrypoint(dense: str, twin: str, defaults: Mapping[str, Any]) -> Callable[..., nn.Module]:
