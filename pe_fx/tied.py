@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pe_fx.derived import Derived, derive
-from pe_fx.ties import Ranges, Shape
+from pe_fx.errors import PeFxError
+from pe_fx.ties import Plan, Ranges, Shape
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,16 @@ class Layout:
 
 @dataclass
 class TiedWeight:
-    """One tied weight of a module: its layout, and the modules and names of the parameters that it is a view of."""
+    """One tied weight of a module: its layout, and the modules and names of the parameters that it is a view of.
+
+    `plan` is what tied it, `name` its name there.
+    """
 
     layout: Layout
     sources: list[tuple[nn.Module, str]]
     text: str
+    plan: Plan
+    name: str
     order: list[str] = field(default_factory=list)
 
     def dense(self, owner: nn.Module, name: str) -> Tensor:
@@ -103,6 +109,9 @@ class Tied(Derived):
         ties = ", ".join(f"{name} ← {weight.text}" for name, weight in self.tied_weights.items())
         own = super().extra_repr()  # type: ignore[misc]
         return f"{own}, {ties}" if own else ties
+
+    def __prepare_scriptable__(self) -> Any:
+        raise PeFxError("torch.jit.script cannot follow a tied weight to its source: use torch.jit.trace, or script pe_fx.untie(model)")
 
 
 def _property(name: str) -> property:
