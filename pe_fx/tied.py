@@ -116,8 +116,11 @@ class Tied(Derived):
 
 def _property(name: str) -> property:
     def dense(self: Any) -> Tensor:
-        weight: Tensor = self.tied_weights[name].dense(self, name)
-        return weight
+        tied: TiedWeight = self.tied_weights[name]
+        try:
+            return tied.dense(self, name)
+        except NotImplementedError as error:  # a quantized tensor
+            raise PeFxError(f"{name} ← {tied.text}: the source cannot be viewed any more ({error}). Quantize pe_fx.untie(model)") from error
 
     return property(dense, doc=f"The dense {name}, computed from what it is tied to.")
 
