@@ -154,6 +154,7 @@ def test_the_plan_is_held() -> None:
     tied = pe_fx.apply(model, plan)
     assert held_plan(tied) == plan
     assert held_plan(copy.deepcopy(tied)) == plan
+    assert copy.deepcopy(plan) is plan
     assert held_plan(pickle.loads(pickle.dumps(tied))) == plan
     assert held_plan(model) is None
     assert held_plan(pe_fx.untie(tied)) is None
