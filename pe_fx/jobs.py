@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import nn
-
 import pe_fx
+from pe_fx import checkpoint
 from pe_fx.diff import Diff, Graph, compare, diff_transform, page, picture
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import whole_file
@@ -42,22 +39,21 @@ def write_tied(
     inputs: Sequence[str],
     options: dict[str, Any],
     read: Plan | None,
-    checkpoint: Path | None,
+    weights: Path | None,
     init: str,
     say: Say,
 ) -> Plan:
     """Ties the model and writes its weights, with the plan in the metadata; returns the plan."""
     with whole_file(output) as draft:
-        save = _safetensors().save_model
         loaded = _built(spec, inputs, say, on_meta=False)
-        if checkpoint is not None:
-            say(f"reading {checkpoint}")
-            load_checkpoint(loaded.model, checkpoint)
+        if weights is not None:
+            say(f"reading {weights}")
+            checkpoint.load(weights, loaded.model, inplace=True)
         say("planning")
         made = pe_fx.plan(loaded.model, loaded.example_inputs, **options) if read is None else read
-        tied = pe_fx.apply(loaded.model, made, init=init)
+        tied = pe_fx.apply(loaded.model, made, init=init, inplace=True)
         say(f"writing {output}")
-        save(tied, str(draft), metadata={"format": "pt", "pe_fx_plan": made.to_json(), "pe_fx_spec": spec})
+        checkpoint.save(tied, draft, metadata={"pe_fx_spec": spec})
     return made
 
 
@@ -106,58 +102,14 @@ def read_plan(path: Path | None) -> Plan | None:
     if path is None:
         return None
     if path.suffix == ".safetensors":
-        with _opened(path) as file:
-            text = (file.metadata() or {}).get("pe_fx_plan")
-        if text is None:
+        held = checkpoint.read_plan(path)
+        if held is None:
             raise PeFxError(f"{path} has no plan in its metadata: pe-fx transform writes one")
-        return Plan.from_json(text)
+        return held
     try:
         return Plan.from_json(path.read_text())
     except (PeFxError, UnicodeDecodeError) as error:
         raise PeFxError(f"{path}: {error}") from error
-
-
-def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Loads dense weights, strictly."""
-    if path.suffix == ".safetensors":
-        with _opened(path) as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    else:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # a damaged file raises anything
-            raise PeFxError(f"{path} is no checkpoint of weights alone: {type(error).__name__}") from error
-        weights = next((weights[key] for key in ("state_dict", "model") if isinstance(weights, dict) and key in weights), weights)
-    try:
-        result = model.load_state_dict(weights, strict=False)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise PeFxError(f"{path} does not fit the model: {textwrap.shorten(str(error), 300)}") from error
-    for names, what in ((result.missing_keys, "lacks"), (result.unexpected_keys, "has what the model has not:")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise PeFxError(f"{path} does not fit the model: it {what} {', '.join(names[:3])}{more}")
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise PeFxError("the tied weights are written with safetensors: pip install 'pe_fx[cli]'") from error
-    return safetensors.torch
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    _safetensors()
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except safetensors.SafetensorError as error:
-        raise PeFxError(f"{path} is no safetensors file: {error}") from error
 
 
 def write_drawings(found: Diff, html: Path | None, svg: Path | None, png: Path | None, module: str, say: Say) -> None:

@@ -46,7 +46,7 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
             rest = nn.Parameter(dense.detach().index_select(layouts[name].axis, index), requires_grad=dense.requires_grad)
             vars(rest).update(vars(dense))  # marks that a training script may have left on it
         text = "; ".join(tie.text() for tie in ties)
-        tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text), rest)
+        tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text, plan, name), rest)
 
 
 def rewrite_graph(gm: fx.GraphModule, plan: Plan, weights: Mapping[str, fx.Node] | None = None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pe_fx.derived import Derived, derive
 from pe_fx.errors import PeFxError
-from pe_fx.ties import Ranges, Shape, gain_of
+from pe_fx.ties import Plan, Ranges, Shape, gain_of
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,16 @@ class Layout:
 
 @dataclass
 class TiedWeight:
-    """One tied weight of a module: its layout, and the modules and names of the parameters that it is a view of."""
+    """One tied weight of a module: its layout, and the modules and names of the parameters that it is a view of.
+
+    `plan` is what tied it, `name` its name there.
+    """
 
     layout: Layout
     sources: list[tuple[nn.Module, str]]
     text: str
+    plan: Plan
+    name: str
     order: list[str] = field(default_factory=list)
 
     def dense(self, owner: nn.Module, name: str) -> Tensor:
@@ -194,14 +199,20 @@ class Tied(Derived):
         own = super().extra_repr()  # type: ignore[misc]
         return f"{own}, {ties}" if own else ties
 
+    def __prepare_scriptable__(self) -> Any:
+        raise PeFxError("torch.jit.script cannot follow a tied weight to its source: use torch.jit.trace, or script pe_fx.untie(model)")
+
 
 def _property(name: str) -> property:
     def dense(self: Any) -> Tensor:
         own: Tensor | None = self._parameters.get(name)
         if own is not None and is_sharded(own):
             return own  # FSDP2, between forward passes, looks for its parameter under this name
-        weight: Tensor = self.tied_weights[name].dense(self, name)
-        return weight
+        tied: TiedWeight = self.tied_weights[name]
+        try:
+            return tied.dense(self, name)
+        except NotImplementedError as error:  # a quantized tensor
+            raise PeFxError(f"{name} ← {tied.text}: the source cannot be viewed any more ({error}). Quantize pe_fx.untie(model)") from error
 
     return property(dense, doc=f"The dense {name}, computed from what it is tied to.")
 

@@ -255,6 +255,9 @@ class Plan:
     params_after: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # a plan is never changed, and every tied weight of a model refers to it
+
     @property
     def ties(self) -> tuple[Tie, ...]:
         return tuple(tie for site in self.sites for tie in site.ties)

@@ -176,8 +176,8 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(folder: Path) -> N
     before = files(folder)
     for name, message in {
         "lacking.safetensors": "it lacks bias",
-        "wide.safetensors": "size mismatch for weight",
-        "list.pt": "list.pt does not fit the model",
+        "wide.safetensors": "does not fit this Linear: weight is (3, 4), in the model (3, 3)",
+        "list.pt": "list.pt holds no weights by name",
         "damaged.safetensors": "is no safetensors file",
         "damaged.pt": "is no checkpoint of weights alone",
         "nowhere.pt": "error: nowhere.pt: No such file",

@@ -1,0 +1,242 @@
+"""Weights on disk: safetensors with the plan in the metadata, read back as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pe_fx.api import apply
+from pe_fx.capture import first_line
+from pe_fx.errors import PeFxError
+from pe_fx.files import whole_file
+from pe_fx.held import held_plan
+from pe_fx.ties import Plan
+from pe_fx.twin import untie
+
+PLAN = "pe_fx_plan"
+"""The key of the plan in a file's metadata."""
+
+
+def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a model's parameters and buffers as safetensors; of a tied model, with its plan.
+
+    >>> import tempfile, pe_fx
+    >>> build = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> tied = pe_fx.transform(build())
+    >>> file = Path(tempfile.mkdtemp()) / "tied.safetensors"
+    >>> save(tied, file)
+    >>> load(file, build())[2]
+    TiedLinear(in_features=8, out_features=4, bias=True, weight ← 0.weightᵀ)
+
+    Names, shapes and dtypes are those of `model.state_dict()`; a tensor with several names is written under its first.
+    `metadata` is kept in the file beside the plan. The file takes the place of an older one only when it is complete.
+    Raises `PeFxError` where the state_dict holds what is no dense tensor, or a tie leads out of the model; `OSError` where the
+    file cannot be written.
+    """
+    plan = held_plan(_uncompiled(model))
+    plans = {} if plan is None else {PLAN: plan.to_json()}
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in _named(model).items():
+        if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+            raise PeFxError(f"{name} is {_kind(value)}: a safetensors file holds dense tensors with values only")
+        value = value.detach().contiguous()
+        if value.numel() and value.untyped_storage().data_ptr() in storages:
+            value = value.clone()  # part of a tensor that is written already
+        storages.add(value.untyped_storage().data_ptr() if value.numel() else 0)
+        tensors[name] = value
+    write = _safetensors().save_file
+    with whole_file(path) as draft:
+        try:
+            write(tensors, draft, metadata={"format": "pt", **(metadata or {}), **plans})
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise PeFxError(f"{path}: safetensors cannot hold this model: {first_line(error)}") from error
+
+
+def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: bool = False) -> nn.Module:
+    """The model with the values of a file, tied where the file or the model is.
+
+    >>> import tempfile, pe_fx
+    >>> build = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> file = Path(tempfile.mkdtemp()) / "dense.safetensors"
+    >>> dense = build()
+    >>> save(dense, file)
+    >>> tied = load(file, pe_fx.transform(build()), init="mean")
+    >>> torch.allclose(tied[0].weight, (dense[0].weight + dense[2].weight.t()) / 2)
+    True
+
+    Args:
+        path: what `save` wrote; any safetensors file; or a state_dict by torch.save, by itself or under "state_dict" or "model".
+        model: dense or tied. It is left as it is unless `inplace`.
+        init: how a tied model takes the values of a dense file; see `pe_fx.transform`.
+        inplace: change `model` itself.
+
+    Returns:
+        A model with the file's values, in the model's own dtypes and on its devices, as with `load_state_dict`. A dense model
+        given a tied file is tied by the file's plan.
+
+    Raises:
+        PeFxError: the file is damaged, its plan does not fit, or a tensor is missing, unexpected or of another shape or kind.
+        OSError: it cannot be read. In both cases the model is left as it was.
+    """
+    path = Path(path)
+    values, plan = _read(path)
+    held = held_plan(_uncompiled(model))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PeFxError("this model has no memory for its weights: model.to_empty(device='cpu') gives it some")
+    if plan is not None and held is not None and set(plan.ties) != set(held.ties):
+        other = next(iter(set(plan.ties) ^ set(held.ties)))
+        raise PeFxError(f"{path} is tied otherwise than the model: only one of them has {other}. Load it into a dense model")
+    if held is not None and _is_dense(values, held):
+        dense = untie(model)
+        dense.load_state_dict(_fitting(dense, values, path))
+        values = apply(dense, held, init=init, inplace=True).state_dict()
+    outline = _outline(model)  # what does not fit is found on it, before the model is changed
+    missing = plan if held is None else None
+    if missing is not None:
+        with _about(path):
+            apply(outline, missing, inplace=True)
+    state = _fitting(outline, values, path)
+    result = model if inplace else copy.deepcopy(model)
+    if missing is not None:
+        apply(result, missing, inplace=True)
+    _uncompiled(result).load_state_dict(state)
+    return result
+
+
+def read_plan(path: str | Path) -> Plan | None:
+    """The plan in a file's metadata; None where it holds none.
+
+    Raises `PeFxError` where the file or the plan is damaged.
+    """
+    with _opened(Path(path)) as file:
+        return _plan_of(file, Path(path))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Plan | None]:
+    with path.open("rb") as file:
+        start = file.read(9)
+    if path.suffix == ".safetensors" or start[8:] == b"{":
+        with _opened(path) as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, _plan_of(opened, path)  # noqa: SIM118 (no dict)
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises anything
+        raise PeFxError(f"{path} is no checkpoint of weights alone: {type(error).__name__}") from error
+    if isinstance(values, dict):
+        values = next((values[key] for key in ("state_dict", "model") if isinstance(values.get(key), dict)), values)
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise PeFxError(f"{path} holds no weights by name, but {_kind(values)}")
+    return dict(values), None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    _safetensors()
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise PeFxError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise PeFxError("weights are written and read with safetensors: pip install 'pe_fx[cli]'") from error
+    return safetensors.torch
+
+
+def _plan_of(file: Any, path: Path) -> Plan | None:
+    text = (file.metadata() or {}).get(PLAN)
+    with _about(path):
+        return None if text is None else Plan.from_json(text)
+
+
+@contextlib.contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Names the file in errors."""
+    try:
+        yield
+    except PeFxError as error:
+        raise PeFxError(f"{path}: {error}") from error
+
+
+def _is_dense(values: Mapping[str, Any], held: Plan) -> bool:
+    """Whether these weights are those of the model before it was tied."""
+    return any(tuple(getattr(values.get(tie.target), "shape", ())) == held.shapes[tie.target] for tie in held.ties)
+
+
+def _outline(model: nn.Module) -> nn.Module:
+    """A copy without values."""
+    model = _uncompiled(model)
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {}
+    for key, tensor in tensors.items():
+        empty = torch.empty_like(tensor, device="meta")
+        memo[key] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def _fitting(model: nn.Module, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The model's state_dict with these values; a tensor with several names takes the one that the file has.
+
+    Raises `PeFxError` unless they fit one for one.
+    """
+    first = _first_names(model)
+    own = model.state_dict()
+    given = {first.get(name, name): value for name, value in values.items()}
+    wrong = [f"it lacks {name}" for name, shared in first.items() if shared not in given]
+    wrong += [f"it has {name}, which the model has not" for name in values if name not in first]
+    wrong += [text for name in values if name in first for text in _differences(name, values[name], own[name], given[first[name]])]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise PeFxError(f"{path} does not fit this {type(model).__name__}: {'; '.join(wrong[:3])}{more}")
+    return {name: given[shared] for name, shared in first.items()}
+
+
+def _differences(name: str, value: Any, own: Any, shared: Any) -> Iterator[str]:
+    if not isinstance(value, Tensor) or not isinstance(own, Tensor):
+        if isinstance(value, Tensor) or isinstance(own, Tensor):
+            yield f"{name} is {_kind(value)}, in the model {_kind(own)}"
+    elif value.shape != own.shape:
+        yield f"{name} is {tuple(value.shape)}, in the model {tuple(own.shape)}"
+    elif (value.is_floating_point(), value.is_complex()) != (own.is_floating_point(), own.is_complex()):
+        yield f"{name} is {value.dtype}, in the model {own.dtype}"
+    elif value is not shared and not torch.equal(value, shared):
+        yield f"{name} is one with another tensor in the model, but not in the file"
+
+
+def _named(model: nn.Module) -> dict[str, Any]:
+    """The state_dict, every tensor under its first name alone."""
+    model = _uncompiled(model)
+    values = model.state_dict(keep_vars=True)
+    first = _first_names(model)
+    return {name: value for name, value in values.items() if first[name] == name}
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        layout = "" if value.layout is torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        return f"a {layout}{type(value).__name__}{' on the meta device' * value.is_meta}"
+    return f"a {type(value).__name__}"

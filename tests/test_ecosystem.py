@@ -1,0 +1,321 @@
+"""Tied models in the tools that people train and ship with."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import onnx
+import onnxruntime
+import peft
+import pytest
+import timm
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+import pe_fx
+import pe_fx.peft
+from pe_fx import PeFxError, checkpoint
+
+X = torch.randn(6, 8)
+IMAGE = torch.randn(2, 3, 32, 32)
+TOKENS = {"input_ids": torch.arange(24).reshape(2, 12)}
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def vit(width: int = 32) -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=width, num_heads=2, num_classes=7)
+
+
+def bert() -> nn.Module:
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, max_position_embeddings=16, **size))
+
+
+def gpt2() -> nn.Module:
+    size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, bos_token_id=0, eos_token_id=0, **size))
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Trainer leaves settings for accelerate in the environment and in the process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+INPUTS: dict[Callable[[], nn.Module], Any] = {mlp: X, vit: IMAGE, bert: TOKENS, gpt2: TOKENS}
+
+
+@functools.cache
+def _tied(build: Callable[[], nn.Module]) -> nn.Module:
+    return pe_fx.transform(build(), INPUTS[build])
+
+
+def tied(build: Callable[[], nn.Module]) -> nn.Module:
+    return copy.deepcopy(_tied(build))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    states = a.state_dict(), b.state_dict()
+    return states[0].keys() == states[1].keys() and all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+# ---- transformers
+
+
+def trainer(model: nn.Module, folder: Path, **options: Any) -> Any:
+    """Twenty steps on sentences of one word each, whose label is whether the word is even."""
+    words = torch.arange(16)
+    rows = [{"input_ids": word.expand(12), "labels": word.expand(12) if model.config.model_type == "gpt2" else word % 2} for word in words]
+    settings = {"learning_rate": 1e-2, "max_steps": 20, "save_steps": 10, "logging_steps": 5, "per_device_train_batch_size": 8}
+    arguments = transformers.TrainingArguments(str(folder), report_to=[], use_cpu=True, disable_tqdm=True, seed=0, **settings, **options)
+    return transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+
+
+def losses(trained: Any) -> list[float]:
+    return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("build", [bert, gpt2])
+def test_trainer_trains_saves_and_resumes(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model = tied(build)
+    first = trainer(model, tmp_path)
+    first.train()
+    assert losses(first)[-1] < 0.9 * losses(first)[0]
+    assert pe_fx.verify(model, TOKENS)
+    resumed = tied(build)
+    trainer(resumed, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert same(resumed, model)
+    assert same(checkpoint.load(tmp_path / "checkpoint-20" / "model.safetensors", tied(build)), model)
+
+
+def test_trainer_with_torch_compile(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    assert_trains_alike(gpt2, lambda model: None, tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+
+
+def test_trainer_with_our_backend(tmp_path: Path) -> None:
+    """accelerate has a closed list of backends, so that the model comes to Trainer compiled."""
+    torch.compiler.reset()
+    assert_trains_alike(bert, lambda model: model.compile(backend="pe_fx"), tmp_path)
+    with pytest.raises(ValueError, match="PE_FX"):
+        trainer(tied(bert), tmp_path, torch_compile=True, torch_compile_backend="pe_fx")
+
+
+def assert_trains_alike(build: Callable[[], nn.Module], change: Callable[[nn.Module], None], folder: Path, **options: Any) -> None:
+    """As an eager model does, without dropout, for which compiled code draws other numbers."""
+    found = []
+    for name, compiled in (("eager", False), ("compiled", True)):
+        model = tied(build)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if compiled:
+            change(model)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        trained = trainer(model, folder / name, save_strategy="no", **(options if compiled else {}))
+        trained.train()
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs) is compiled
+        found.append(losses(trained))
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
+def test_save_pretrained_and_from_pretrained(tmp_path: Path) -> None:
+    model = tied(bert).eval()
+    model.save_pretrained(tmp_path)  # the configuration, and weights without the plan
+    checkpoint.save(model, tmp_path / "model.safetensors")  # with the plan
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    loaded = checkpoint.load(tmp_path / "model.safetensors", transformers.BertForSequenceClassification(config))
+    assert same(loaded, model)
+    dense = transformers.BertForSequenceClassification.from_pretrained(tmp_path)  # tied weights are missing: drawn anew ...
+    again = pe_fx.apply(dense, checkpoint.read_plan(tmp_path / "model.safetensors"))  # ... and dropped again
+    assert torch.equal(again(**TOKENS).logits, model(**TOKENS).logits)
+
+
+# ---- accelerate
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = tied(mlp)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+
+    def step() -> dict[str, Tensor]:
+        accelerator.backward(model(X).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    first = step()
+    accelerator.save_state(str(tmp_path / "state"))
+    second = step()
+    accelerator.load_state(str(tmp_path / "state"))
+    assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, second[name]) for name, value in step().items())
+    accelerator.save_model(model, str(tmp_path / "model"))
+    assert same(checkpoint.load(tmp_path / "model" / "model.safetensors", tied(mlp)), model)
+
+
+# ---- timm
+
+
+def test_ema_steps_every_matrix_once() -> None:
+    model = tied(vit)
+    averaged = ModelEmaV3(model, decay=0.5)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    averaged.update(model)
+    for name, parameter in averaged.module.named_parameters():
+        torch.testing.assert_close(parameter, before[name] + 0.5)
+    block = averaged.module.blocks[0].mlp
+    assert torch.equal(block.fc2.weight, block.fc1.weight.t())
+
+
+def test_optimizer_with_layer_decay() -> None:
+    dense, model = vit(), tied(vit)
+
+    def scales(of: nn.Module) -> dict[str, tuple[float, float]]:
+        optimizer = create_optimizer_v2(of, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)
+        names = {id(parameter): name for name, parameter in of.named_parameters()}
+        listed = [(names[id(p)], (group["lr_scale"], group["weight_decay"])) for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(name for name, _ in listed) == sorted(names.values()), "every parameter once"
+        return dict(listed)
+
+    expected = scales(dense)
+    found = scales(model)
+    assert len(found) < len(expected)
+    assert found == {name: expected[name] for name in found}
+    assert len({scale for scale, _ in found.values()}) > 2
+
+
+# ---- PEFT
+
+
+def adapted(model: nn.Module, *modules: str) -> Any:
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(modules), init_lora_weights=False))
+
+
+def test_lora_trains_beside_a_frozen_tied_matrix() -> None:
+    base = tied(mlp)
+    model = adapted(copy.deepcopy(base), "0", "2")
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    history = []
+    for _ in range(20):
+        loss = (model(X) - 1).square().mean()
+        history.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert history[-1] < 0.7 * history[0]
+    assert same(model.unload(), base)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_lora_of_a_tied_model_is_merged_into_its_dense_twin(safe: bool) -> None:
+    model = adapted(tied(mlp), "0", "2", "4")
+    expected = model(X)
+    merged = pe_fx.untie(model).merge_and_unload(safe_merge=safe)
+    torch.testing.assert_close(merged(X), expected)
+    assert isinstance(merged[2], nn.Linear)
+    assert not isinstance(merged[2], pe_fx.tied.Tied)
+
+
+@pytest.mark.parametrize("adapted_module", ["0", "2"], ids=["source", "target"])
+def test_merging_into_a_tied_matrix_is_refused(adapted_module: str) -> None:
+    model = adapted(tied(mlp), adapted_module)
+    before = copy.deepcopy(model)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(PeFxError, match=rf"the adapter of {adapted_module} cannot be merged.*pe_fx\.untie"):
+            merge()
+    assert same(model, before)
+
+
+def test_merging_into_another_matrix_of_a_tied_model() -> None:
+    model = adapted(tied(mlp), "4")
+    expected = model(X)
+    torch.testing.assert_close(model.merge_and_unload()(X), expected)
+
+
+# ---- torchao
+
+
+def test_int8_after_training() -> None:
+    model = tied(mlp)
+    dense = pe_fx.untie(model)
+    quantize_(dense, Int8WeightOnlyConfig())
+    assert "Int8Tensor" in type(dense[2].weight.data).__name__
+    torch.testing.assert_close(dense(X), model(X), atol=0.03, rtol=0.03)
+
+
+def test_int8_of_a_tied_matrix_is_refused() -> None:
+    with pytest.raises(PeFxError, match=r"weight ← 0\.weightᵀ: the source cannot be viewed any more .*Quantize pe_fx\.untie"):
+        quantize_(tied(mlp), Int8WeightOnlyConfig())
+
+
+# ---- export
+
+
+def test_export_saved_and_loaded() -> None:
+    model = tied(vit).eval()
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, (IMAGE,)), file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    assert loaded.state_dict.keys() == model.state_dict().keys()
+    torch.testing.assert_close(loaded.module()(IMAGE), model(IMAGE))
+
+
+def test_onnx_holds_each_matrix_once(tmp_path: Path) -> None:
+    build = functools.partial(vit, width=128)  # the exporter's optimizer copies matrices of less than 8 KB
+    model = pe_fx.transform(build(), IMAGE).eval()
+    path = tmp_path / "tied.onnx"
+    torch.onnx.export(model, (IMAGE,), path, dynamo=True, external_data=False, verbose=False)
+    initializers = onnx.load(path).graph.initializer
+    held = [tuple(tensor.dims) for tensor in initializers]
+    assert sum(sorted(shape) == [128, 512] for shape in held) == 2  # W of each block's mlp
+    assert sum(sorted(shape) == [128, 256] for shape in held) == 2  # rows of q and k of each attention
+    assert not any(sorted(shape) in ([128, 128], [128, 384]) for shape in held)
+    assert sum(len(tensor.raw_data) for tensor in initializers) < 1.01 * sum(value.nbytes for value in model.state_dict().values())
+    session = onnxruntime.InferenceSession(path)
+    (output,) = session.run(None, {session.get_inputs()[0].name: IMAGE.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(IMAGE), atol=1e-5, rtol=1e-4)
+
+
+def test_jit_trace_follows_the_source() -> None:
+    model = tied(mlp).eval()
+    traced = torch.jit.trace(model, X)
+    assert {name for name, _ in traced.named_parameters()} == {name for name, _ in model.named_parameters()}
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    with torch.no_grad():
+        for scripted in (traced, loaded):  # the trace and the model hold the same tensor
+            dict(scripted.named_parameters())["0.weight"].mul_(2)
+    torch.testing.assert_close(traced(X), model(X))
+    torch.testing.assert_close(loaded(X), model(X))
+
+
+def test_jit_script_is_refused() -> None:
+    with pytest.raises(PeFxError, match=r"torch\.jit\.script cannot follow.*torch\.jit\.trace"):
+        torch.jit.script(tied(mlp))
