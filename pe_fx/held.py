@@ -79,7 +79,7 @@ def _present(plan: Plan, now: Mapping[str, str]) -> Iterator[Site]:
                     convs=tuple(map(rename, site.entry.convs)),
                     norms=tuple(map(rename, site.entry.norms)),
                 ),
-                saved=site.saved if len(ties) == len(site.ties) else sum(tie.into.numel for tie in ties),
+                saved=site.saved if len(ties) == len(site.ties) else sum(tie.into.numel - tie.gains for tie in ties),
             )
 
 

@@ -43,7 +43,7 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=16))
 
 
-def tie(build: Callable[[], nn.Module], inputs: Tensor | None = None, **options: str | tuple[str, ...]) -> nn.Module:
+def tie(build: Callable[[], nn.Module], inputs: Tensor | None = None, **options: Any) -> nn.Module:
     """A tied model of other values than any that the test builds itself."""
     return copy.deepcopy(_tied(build, inputs, tuple(options.items())))
 
@@ -64,13 +64,15 @@ def assert_equal(a: nn.Module, b: nn.Module) -> None:
 
 # ---- tied file -> dense constructor
 
-BUILDS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, str]]] = {
+BUILDS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "mlp": (mlp, torch.randn(4, 8), {}),
     "vit, rows of a weight": (vit, IMAGE, {}),
     "resnet, keep": (resnet, IMAGE, {}),
     "resnet, slice": (resnet, IMAGE, {"entry": "slice"}),
     "resnet, expand": (resnet, IMAGE, {"entry": "expand"}),
     "gpt2, tied embeddings": (gpt2, TOKENS, {}),
+    "vit, signed": (vit, IMAGE, {"mix": "signed", "gain": 0.5}),
+    "resnet, signed": (resnet, IMAGE, {"entry": "expand", "mix": "signed", "gain": True}),
 }
 
 

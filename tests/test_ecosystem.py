@@ -275,8 +275,12 @@ def test_int8_of_a_tied_matrix_is_refused() -> None:
 # ---- export
 
 
-def test_export_saved_and_loaded() -> None:
-    model = tied(vit).eval()
+every_variant = pytest.mark.parametrize("options", [{}, {"mix": "signed", "gain": 0.5}], ids=["plain", "signed"])
+
+
+@every_variant
+def test_export_saved_and_loaded(options: dict[str, Any]) -> None:
+    model = pe_fx.transform(vit(), IMAGE, **options).eval()
     file = io.BytesIO()
     torch.export.save(torch.export.export(model, (IMAGE,)), file)
     file.seek(0)
@@ -285,9 +289,10 @@ def test_export_saved_and_loaded() -> None:
     torch.testing.assert_close(loaded.module()(IMAGE), model(IMAGE))
 
 
-def test_onnx_holds_each_matrix_once(tmp_path: Path) -> None:
+@every_variant
+def test_onnx_holds_each_matrix_once(options: dict[str, Any], tmp_path: Path) -> None:
     build = functools.partial(vit, width=128)  # the exporter's optimizer copies matrices of less than 8 KB
-    model = pe_fx.transform(build(), IMAGE).eval()
+    model = pe_fx.transform(build(), IMAGE, **options).eval()
     path = tmp_path / "tied.onnx"
     torch.onnx.export(model, (IMAGE,), path, dynamo=True, external_data=False, verbose=False)
     initializers = onnx.load(path).graph.initializer
@@ -301,8 +306,9 @@ def test_onnx_holds_each_matrix_once(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(output), model(IMAGE), atol=1e-5, rtol=1e-4)
 
 
-def test_jit_trace_follows_the_source() -> None:
-    model = tied(mlp).eval()
+@every_variant
+def test_jit_trace_follows_the_source(options: dict[str, Any]) -> None:
+    model = pe_fx.transform(mlp(), X, **options).eval()
     traced = torch.jit.trace(model, X)
     assert {name for name, _ in traced.named_parameters()} == {name for name, _ in model.named_parameters()}
     file = io.BytesIO()
