@@ -15,7 +15,7 @@ from pe_fx.api import apply
 from pe_fx.capture import first_line
 from pe_fx.errors import PeFxError
 from pe_fx.files import whole_file
-from pe_fx.held import held_plan
+from pe_fx.held import held_plan, uncompiled
 from pe_fx.ties import Plan
 from pe_fx.twin import untie
 
@@ -39,7 +39,7 @@ def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | No
     Raises `PeFxError` where the state_dict holds what is no dense tensor, or a tie leads out of the model; `OSError` where the
     file cannot be written.
     """
-    plan = held_plan(_uncompiled(model))
+    plan = held_plan(uncompiled(model))
     plans = {} if plan is None else {PLAN: plan.to_json()}
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -87,7 +87,7 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
     """
     path = Path(path)
     values, plan = _read(path)
-    held = held_plan(_uncompiled(model))
+    held = held_plan(uncompiled(model))
     if any(parameter.is_meta for parameter in model.parameters()):
         raise PeFxError("this model has no memory for its weights: model.to_empty(device='cpu') gives it some")
     if plan is not None and held is not None and set(plan.ties) != set(held.ties):
@@ -106,7 +106,7 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
     result = model if inplace else copy.deepcopy(model)
     if missing is not None:
         apply(result, missing, inplace=True)
-    _uncompiled(result).load_state_dict(state)
+    uncompiled(result).load_state_dict(state)
     return result
 
 
@@ -178,7 +178,7 @@ def _is_dense(values: Mapping[str, Any], held: Plan) -> bool:
 
 def _outline(model: nn.Module) -> nn.Module:
     """A copy without values."""
-    model = _uncompiled(model)
+    model = uncompiled(model)
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     memo: dict[int, Any] = {}
     for key, tensor in tensors.items():
@@ -218,7 +218,7 @@ def _differences(name: str, value: Any, own: Any, shared: Any) -> Iterator[str]:
 
 def _named(model: nn.Module) -> dict[str, Any]:
     """The state_dict, every tensor under its first name alone."""
-    model = _uncompiled(model)
+    model = uncompiled(model)
     values = model.state_dict(keep_vars=True)
     first = _first_names(model)
     return {name: value for name, value in values.items() if first[name] == name}
@@ -227,12 +227,6 @@ def _named(model: nn.Module) -> dict[str, Any]:
 def _first_names(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     return {name: first.setdefault(id(value), name) for name, value in model.state_dict(keep_vars=True).items()}
-
-
-def _uncompiled(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
-    return inner
 
 
 def _kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The plan that a tied model holds."""
+"""The plan that a tied model holds, and the model itself behind what torch.compile makes of it."""
 
 from __future__ import annotations
 
@@ -101,3 +101,10 @@ def _renaming(now: Mapping[str, str], target: str) -> Rename:
 
 def _joined(path: str, attribute: str) -> str:
     return f"{path}.{attribute}" if path else attribute
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile was given, where it returned this one."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner

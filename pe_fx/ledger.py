@@ -10,6 +10,7 @@ from torch import nn
 
 from pe_fx.api import apply, plan_of
 from pe_fx.errors import PeFxError
+from pe_fx.held import uncompiled
 from pe_fx.tied import Tied
 from pe_fx.ties import Plan, Site, Tie
 
@@ -96,7 +97,7 @@ def pending(model: nn.Module) -> Plan:
     >>> pending(nn.Linear(3, 3)).sites
     ()
     """
-    parameters = dict(_uncompiled(model).named_parameters())
+    parameters = dict(uncompiled(model).named_parameters())
     sites, absent = ledger.sites(parameters)
     if absent:
         held = [tie for site in sites for tie in site.ties if tie.source in absent]
@@ -120,16 +121,10 @@ def commit(model: nn.Module) -> Plan:
     Raises `PeFxError` where no compiled graph holds ties of this model: run the compiled model once before.
     """
     plan = pending(model)
-    inner = _uncompiled(model)
+    inner = uncompiled(model)
     if not plan.sites:
         if any(isinstance(module, Tied) for module in inner.modules()):
             return plan
         raise PeFxError('no compiled graph holds ties of this model: run torch.compile(model, backend="pe_fx") once before')
     apply(inner, plan, inplace=True)
     return plan
-
-
-def _uncompiled(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
-    return inner
