@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accuracy import TASKS, Row
@@ -30,31 +30,42 @@ def summary(rows: Sequence[Row]) -> str:
 def _table(name: str, rows: Sequence[Row]) -> str:
     lengths = sorted({int(row["steps"]) for row in rows})
     lines = [
-        f"{name}, {TASKS[name].unit} after … steps (mean ± 95 % interval of the mean; seeds)",
+        f"`{name}`: {TASKS[name].unit} after so many steps, the mean of (n) seeds; then the mean difference to dense, seed by seed,",
+        "± its 95 % interval:",
         "",
         "| variant | parameters | " + " | ".join(f"{length:,}" for length in lengths) + " |",
         "| --- " * (len(lengths) + 2) + "|",
     ]
+    scores = {(row["variant"], int(row["steps"]), row["seed"]): float(row["score"]) for row in rows}
     for variant in TASKS[name].variants:
         own = [row for row in rows if row["variant"] == variant.name]
+        base = "pretrained, dense" if variant.pretrained else "dense"
         if own:
-            cells = [interval([float(row["score"]) for row in own if int(row["steps"]) == length]) for length in lengths]
+            cells = [_cell(scores, variant.name, base, length) for length in lengths]
             before = [float(row["before"]) for row in own if row["before"]]
             note = f" (before: {statistics.mean(before):.3f})" if before else ""
             lines.append(f"| {variant.name}{note} | {int(own[0]['params']):,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def interval(values: Sequence[float]) -> str:
-    """
-    >>> interval([1.0, 2.0, 3.0]), interval([1.5]), interval([])
-    ('2.000 ± 2.484 (3)', '1.500 (1)', '')
-    """
-    if not values:
+def _cell(scores: Mapping[tuple[str, int, str], float], variant: str, base: str, length: int) -> str:
+    own = {seed: score for (name, steps, seed), score in scores.items() if (name, steps) == (variant, length)}
+    if not own:
         return ""
+    mean = f"{statistics.mean(own.values()):.3f}"
+    pairs = [score - scores[base, length, seed] for seed, score in own.items() if (base, length, seed) in scores]
+    return f"{mean} ({len(own)})" if variant == base or not pairs else f"{mean} ({len(own)}); {interval(pairs)}"
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean and half its 95 % interval, by Student's t.
+
+    >>> interval([1.0, 2.0, 3.0]), interval([-1.5])
+    ('+2.000 ± 2.484', '-1.500')
+    """
     mean, n = statistics.mean(values), len(values)
     half = "" if n < 2 else f" ± {stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n):.3f}"
-    return f"{mean:.3f}{half} ({n})"
+    return f"{mean:+.3f}{half}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
