@@ -77,7 +77,8 @@ def _drawn(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def _image(build: Callable[[], nn.Module], size: int, sites: dict[str, int], saved: int) -> Model:
-    return Model(_drawn(build), torch.randn(2, 3, size, size), sites, saved)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))  # whatever was drawn before
+    return Model(_drawn(build), images, sites, saved)
 
 
 def _text(build: Callable[[], nn.Module], sites: dict[str, int], saved: int) -> Model:

@@ -28,8 +28,9 @@ import pe_fx
 import pe_fx.peft
 from pe_fx import PeFxError, checkpoint
 
-X = torch.randn(6, 8)
-IMAGE = torch.randn(2, 3, 32, 32)
+DRAWN = torch.Generator().manual_seed(0)  # other modules draw theirs while they are imported
+X = torch.randn(6, 8, generator=DRAWN)
+IMAGE = torch.randn(2, 3, 32, 32, generator=DRAWN)
 TOKENS = {"input_ids": torch.arange(24).reshape(2, 12)}
 
 
