@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import zlib
 from collections.abc import Iterable
 
-from pe_fx.ties import Site
+from pe_fx.ties import Site, Tie
 
 MIXES = ("none", "signed")
 GAIN = 0.2
@@ -27,13 +27,17 @@ def vary(sites: Iterable[Site], mix: str, gain: float | None) -> list[Site]:
 
     The first block of a stage under "slice" and "expand" is tied the other way round: its input channels are mixed, none scaled.
     """
-    seeds = itertools.count()
     varied = []
     for site in sites:
         scale = None if site.entry is not None else gain
         ties = [
-            tie if tie.channels is None else dataclasses.replace(tie, seed=next(seeds) if mix == "signed" else None, gain=scale)
+            tie if tie.channels is None else dataclasses.replace(tie, seed=_seed(tie) if mix == "signed" else None, gain=scale)
             for tie in site.ties
         ]
         varied.append(dataclasses.replace(site, ties=tuple(ties)))
     return varied
+
+
+def _seed(tie: Tie) -> int:
+    """Of the weight's own name: it does not depend on what else is tied."""
+    return zlib.crc32(str(tie.into).encode())

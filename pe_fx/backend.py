@@ -16,12 +16,12 @@ from pe_fx.api import plan, plan_of
 from pe_fx.capture import capture
 from pe_fx.dynamo import GraphWeight, classes_in, fake_like, graph_break, lower, weights_of
 from pe_fx.errors import NoSitesWarning, PeFxError
-from pe_fx.ledger import Ledger, ledger
+from pe_fx.ledger import Ledger, ledger, unnamed
 from pe_fx.lowering import UUID, run_passes
 from pe_fx.operation import place_of
 from pe_fx.rewrite import rewrite_graph
-from pe_fx.tied import Tied
-from pe_fx.ties import Site
+from pe_fx.tied import Tied, is_chosen
+from pe_fx.ties import Site, Tie
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,10 @@ class Backend:
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> compiled = torch.compile(model, backend="pe_fx", options={"rules": ["mlp"]})
 
-    `options` takes `rules`, `share`, `include` and `exclude` of `pe_fx.transform`; `mode`, a mode of torch.compile, which itself
+    `options` takes `rules`, `share`, `include`, `exclude` and `mix` of `pe_fx.transform`; `mode`, a mode of torch.compile, which itself
     takes mode or options, not both; and `inductor`, a dict of `torch._inductor.config` entries.
 
+    In a model that was transformed, `pe_fx.transform` has decided what is tied: nothing more is, unless these options are given.
     A weight that is tied away is not read any more and gets no gradient. The ties are decided by the first graph that reads a
     weight and hold in every graph after it; the model itself stays as it is until `pe_fx.commit(model)`. A graph in which
     matching fails is compiled as it is, and the failure logged. Raises `PeFxError` for unknown options.
@@ -75,7 +76,7 @@ class Backend:
         new = self._new_sites(gm, weights, options)
         self.ledger.record(new, parameters)
         sites = [*held, *new]
-        self._report(gm, sum(parameter.dim() > 1 for parameter in parameters.values()), sites, new)
+        self._report(gm, weights, sites, new)
         if not sites:
             return gm, []
         tied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
@@ -92,9 +93,9 @@ class Backend:
         return tied, sites
 
     def _new_sites(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], options: Mapping[str, Any]) -> list[Site]:
-        """Sites of weights that no graph has read before."""
+        """Sites of weights that no graph has read before; none in a model that was transformed, unless options ask for more."""
         undecided = {name for name, weight in weights.items() if not self.ledger.is_decided(weight.parameter)}
-        if not undecided:
+        if not undecided or (not options and self._is_transformed(gm, weights)):
             return []
         names = {weight.node.name: name for name, weight in weights.items()}
         try:
@@ -112,20 +113,28 @@ class Backend:
         sites = [replace(site, ties=tuple(t for t in site.ties if t.target in undecided and t.source in free)) for site in made.sites]
         return [site for site in sites if site.ties]
 
+    def _is_transformed(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight]) -> bool:
+        """Whether `pe_fx.transform` has decided what is tied, and what is not."""
+        return any(issubclass(cls, Tied) for cls in classes_in(gm)) or any(map(is_chosen, (w.parameter for w in weights.values())))
+
     def _checked(self, run: Callable[..., Any], weights: Mapping[str, GraphWeight], sites: Sequence[Site]) -> Callable[..., Any]:
         """Dynamo runs one graph for all models of the same code: its ties are recorded for the weights of each, or it must not run."""
         ledger = self.ledger
         ties = [tie for site in sites for tie in site.ties]
-        targets = {weights[tie.target].place for tie in ties}
-        dense = [weight.place for weight in weights.values() if weight.place not in targets]
+        targets: dict[str, set[Tie]] = {}
+        for tie in ties:
+            targets.setdefault(tie.target, set()).add(unnamed(tie))
+        held = {weights[name].place: frozenset(known) for name, known in targets.items()}
+        dense = [weight.place for weight in weights.values() if weight.place not in held]
         inside = all(tie.source in weights for tie in ties)
-        own = {place: id(weight.parameter) for weight in weights.values() if (place := weight.place) in targets}
+        own = {} if inside else {weights[name].place: id(weights[name].parameter) for name in targets}
 
         @functools.wraps(run)
         def checked(*args: Any) -> Any:
-            if targets and inside and not any(ledger.is_decided(args[place]) for place in targets):
+            if held and inside and not any(ledger.is_decided(args[place]) for place in held):
                 ledger.record(sites, {name: args[weight.place] for name, weight in weights.items()})
-            fits = all(ledger.is_target(args[place]) for place in targets) if inside else all(id(args[p]) == i for p, i in own.items())
+            alike = all(ledger.ties_of(args[place]) == known for place, known in held.items())
+            fits = alike and all(id(args[place]) == key for place, key in own.items())
             if not fits or any(ledger.is_target(args[place]) for place in dense):
                 raise PeFxError(
                     "Dynamo runs this graph with the weights of another model, whose ties were decided otherwise: "
@@ -135,19 +144,14 @@ class Backend:
 
         return checked
 
-    def _report(self, gm: fx.GraphModule, matrices: int, sites: Sequence[Site], new: Sequence[Site]) -> None:
+    def _report(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], sites: Sequence[Site], new: Sequence[Site]) -> None:
+        matrices = sum(weight.parameter.dim() > 1 for weight in weights.values())
         reason = graph_break(gm)
         if reason:
             log.warning("a graph break cuts the model, and no weight before it is tied to one behind it: %s", reason)
         if new:
             log.info("%d sites tied in the compiled graphs alone; pe_fx.commit(model) ties the model itself", len(new))
-        elif (
-            matrices > 1
-            and not sites
-            and not reason
-            and not self.ledger.warned
-            and not any(issubclass(cls, Tied) for cls in classes_in(gm))
-        ):
+        elif matrices > 1 and not sites and not reason and not self.ledger.warned and not self._is_transformed(gm, weights):
             self.ledger.warned = True
             warnings.warn(
                 f"none of the {matrices} matrices in this graph can be tied; it is compiled as by Inductor. "

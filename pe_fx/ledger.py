@@ -43,6 +43,7 @@ class Ledger:
 
     def clear(self) -> None:
         self._held: dict[int, list[Held]] = {}
+        self._unnamed: dict[int, frozenset[Tie]] = {}
         self.warned = False  # whether there is no need to say that nothing was tied
 
     def record(self, sites: Sequence[Site], weights: Mapping[str, nn.Parameter]) -> None:
@@ -50,11 +51,21 @@ class Ledger:
         for weight in weights.values():
             if id(weight) not in self._held:
                 self._held[id(weight)] = []
-                weakref.finalize(weight, self._held.pop, id(weight), None)
+                weakref.finalize(weight, self._forget, id(weight))
         self.warned |= bool(sites)
         for site in sites:
             for tie in site.ties:
                 self._held[id(weights[tie.target])].append(Held(site, tie, weights[tie.source]))
+        for weight in weights.values():
+            self._unnamed[id(weight)] = frozenset(unnamed(held.tie) for held in self._held[id(weight)])
+
+    def _forget(self, key: int) -> None:
+        self._held.pop(key, None)
+        self._unnamed.pop(key, None)
+
+    def ties_of(self, weight: nn.Parameter) -> frozenset[Tie]:
+        """What the weight is a target of, without names: those are another graph's."""
+        return self._unnamed.get(id(weight), frozenset())
 
     def is_decided(self, weight: nn.Parameter) -> bool:
         return id(weight) in self._held
@@ -78,6 +89,10 @@ class Ledger:
                 tie = replace(held.tie, into=replace(held.tie.into, name=target), of=replace(held.tie.of, name=source))
                 ties.setdefault(id(held.site), (held.site, []))[1].append(tie)
         return [_renamed(site, own) for site, own in ties.values()], absent
+
+
+def unnamed(tie: Tie) -> Tie:
+    return replace(tie, into=replace(tie.into, name=""), of=replace(tie.of, name=""))
 
 
 def _renamed(site: Site, ties: list[Tie]) -> Site:

@@ -14,7 +14,7 @@ from pe_fx.channels import call
 from pe_fx.derived import derive
 from pe_fx.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.errors import PeFxError
-from pe_fx.tied import Gain, Layout, Mix, Piece, TiedWeight, View, tie_weight
+from pe_fx.tied import Gain, Layout, Mix, Piece, TiedWeight, View, choose, tie_weight
 from pe_fx.ties import Block, Entry, Plan, Ranges, Tie, gain_of, length, overlap, positions, to_ranges
 
 INITS = ("keep", "mean", "reset")
@@ -47,6 +47,8 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
             vars(rest).update(vars(dense))  # marks that a training script may have left on it
         text = "; ".join(tie.text() for tie in ties)
         tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text, plan, name), rest)
+    if targets:
+        choose(model)
 
 
 def rewrite_graph(gm: fx.GraphModule, plan: Plan, weights: Mapping[str, fx.Node] | None = None) -> None:

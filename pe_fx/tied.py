@@ -6,8 +6,6 @@ registered, so that every weight has exactly one name.
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,12 +42,17 @@ class Mix:
 
     @classmethod
     def drawn(cls, axis: int, across: int, shape: Shape, seed: int) -> Mix:
-        """The mix of a weight of this shape that the seed stands for."""
-        draw, size = random.Random(seed), shape[axis]
+        """The mix of a weight of this shape that the seed stands for, by arithmetic alone: the same everywhere and for ever.
+
+        >>> Mix.drawn(0, 1, (384, 1536), 2024)
+        Mix(axis=0, across=1, hands=16, cut=216, half=768)
+        """
+        size = shape[axis]
         divisors = [hands for hands in range(2, size // 2 + 1) if size % hands == 0]
-        middle = sorted(divisors, key=lambda hands: abs(math.log(hands * hands / size)))[:4]  # far from the identity and the reversal
-        cut = draw.randint((size + 3) // 4, max(3 * size // 4, (size + 3) // 4))
-        return cls(axis, across, draw.choice(middle or [1]), cut, shape[across] // 2)
+        middle = sorted(divisors, key=lambda hands: (max(hands, size // hands), hands))[:4] or [1]  # far from the order there was
+        least = (size + 3) // 4
+        cut = least + seed // len(middle) % max(3 * size // 4 - least + 1, 1)
+        return cls(axis, across, middle[seed % len(middle)], cut, shape[across] // 2)
 
     def __call__(self, part: Tensor) -> Tensor:
         dealt = self._dealt(_with_negated(part, self.across, self.half), (-1, self.hands))
@@ -183,6 +186,16 @@ def stored(module: nn.Module, name: str) -> Tensor:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether it is a DTensor, the class of which takes long to import."""
     return hasattr(parameter, "placements")
+
+
+def choose(model: nn.Module) -> None:
+    """Marks a model's parameters: what of them is tied has been decided, also of those that are in no tie."""
+    for parameter in model.parameters():
+        vars(parameter)["pe_fx_chosen"] = True
+
+
+def is_chosen(parameter: Tensor) -> bool:
+    return hasattr(parameter, "pe_fx_chosen")
 
 
 class Tied(Derived):

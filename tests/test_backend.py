@@ -181,6 +181,32 @@ def test_channels_last() -> None:
         assert float((got - expected).norm()) < 1e-3 * float(expected.norm()) + 1e-4, name
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_transform_left_dense_stays_dense(unlowered: list[str], copied: bool) -> None:
+    model = nn.Sequential(mlp(), nn.Tanh(), mlp())
+    tied = pe_fx.transform(model, X, exclude=["0"])
+    tied = copy.deepcopy(tied) if copied else tied
+    torch.testing.assert_close(compiled(tied)(X), tied(X))
+    assert not pending(tied).sites
+    if not copied:
+        torch.compiler.reset()
+        torch.testing.assert_close(compiled(tied[0])(X), tied[0](X))  # a graph that holds nothing tied
+
+
+def test_options_tie_more_of_a_tied_model(unlowered: list[str]) -> None:
+    tied = pe_fx.transform(nn.Sequential(mlp(), nn.Tanh(), mlp()), X, exclude=["0"])
+    compiled(tied, rules=["mlp"])(X)
+    assert [str(tie) for tie in pending(tied).ties] == ["0.2.weight ← 0.0.weightᵀ"]
+
+
+def test_a_graph_refuses_weights_of_another_mix(unlowered: list[str]) -> None:
+    model = nn.Sequential(mlp(), nn.Tanh(), mlp())
+    compiled(model, mix="signed")(X)
+    compiled(model[0], mix="signed")(X)
+    with pytest.raises(PeFxError, match="decided otherwise"):  # Dynamo takes the graph of the first block for the last
+        compiled(model[2], mix="signed")(X)
+
+
 def test_variants_of_a_tied_model_train_as_eager() -> None:
     tied = pe_fx.transform(nn.Sequential(mlp(), nn.Tanh(), mlp()), X, mix="signed", gain=True)
     eager = copy.deepcopy(tied)

@@ -40,6 +40,20 @@ def test_mix_is_a_signed_permutation_and_its_inverse_undoes_it(size: int) -> Non
         assert Mix.drawn(0, 1, (size, 4), seed) == mix
 
 
+def test_mixes_are_the_same_for_ever() -> None:
+    """Files that were written keep their meaning."""
+    mixes = [Mix.drawn(0, 1, (size, 8), seed) for size, seed in ((768, 0), (576, 1), (97, 3), (64, 4_000_000_000))]
+    assert [(mix.hands, mix.cut) for mix in mixes] == [(24, 192), (18, 144), (1, 28), (8, 26)]
+
+
+def test_a_seed_belongs_to_its_weight() -> None:
+    every = {tie.target: tie.seed for tie in pe_fx.plan(blocks(3), X, mix="signed").ties}
+    some = {tie.target: tie.seed for tie in pe_fx.plan(blocks(3), X, mix="signed", exclude=["blocks.0"]).ties}
+    assert len(set(every.values())) == 3
+    assert some == {name: every[name] for name in some}
+    assert len(some) == 2
+
+
 def test_seeds_differ() -> None:
     assert len({Mix.drawn(0, 1, (384, 4), seed) for seed in range(100)}) > 90
 
