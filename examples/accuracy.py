@@ -141,7 +141,7 @@ BOTTLENECK = (
 
 @dataclass(frozen=True)
 class Task:
-    """`data` gives the batches of a seed and what a model scores; the better score is the `better` one, min or max."""
+    """`data` gives the batches of a seed and what a model scores."""
 
     build: Callable[..., nn.Module]
     data: Callable[[str, int], tuple[Callable[[int], Iterator[Batch]], Callable[[nn.Module], float]]]
@@ -149,7 +149,6 @@ class Task:
     steps: tuple[int, ...]
     lr: float
     unit: str
-    better: str
 
 
 def text(device: str, scale: int, context: int = 128) -> tuple[Callable[[int], Iterator[Batch]], Callable[[nn.Module], float]]:
@@ -224,9 +223,9 @@ def resnet(scale: int = 1) -> nn.Module:
 
 
 TASKS = {
-    "lm": Task(bytes_model, text, (*TRANSFORMER, *PRETRAINED), (300, 1000, 3000), 6e-3, "nats per byte", "min"),
-    "vit": Task(vit, digits, TRANSFORMER, (105, 420, 1260), 3e-3, "% accuracy", "max"),
-    "resnet": Task(resnet, digits, BOTTLENECK, (105, 420), 2e-3, "% accuracy", "max"),
+    "lm": Task(bytes_model, text, (*TRANSFORMER, *PRETRAINED), (300, 1000, 3000), 6e-3, "nats per byte"),
+    "vit": Task(vit, digits, TRANSFORMER, (105, 420, 1260), 3e-3, "% accuracy"),
+    "resnet": Task(resnet, digits, BOTTLENECK, (105, 420), 2e-3, "% accuracy"),
 }
 
 
@@ -317,18 +316,19 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def run_all(runs: Sequence[Run], path: Path, device: str, jobs: int) -> None:
-    done = {tuple(row[name] for name in KEY) for row in read_rows(path)}
+    rows = read_rows(path)
+    done = {tuple(row[name] for name in KEY) for row in rows}
     todo = [run for run in runs if run.key not in done]
-    fresh = not path.exists()
     context = multiprocessing.get_context("spawn")
     with (
-        path.open("a", newline="", encoding="utf-8") as file,
+        path.open("w", newline="", encoding="utf-8") as file,  # without the row that a kill may have cut
         ProcessPoolExecutor(jobs, context) as pool,
         tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run") as progress,
     ):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
+        writer.writeheader()
+        writer.writerows(rows)
+        file.flush()
         futures: dict[Future[Row], Run] = {pool.submit(work, run, device): run for run in todo}
         for future in as_completed(futures):
             writer.writerow(future.result())
@@ -359,7 +359,7 @@ def main() -> None:
         return
     runs = [
         Run(name, variant.name, steps, seed, options.scale)
-        for seed in range(options.first_seed, options.seeds)
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
         for name in options.tasks
         for steps in options.steps or TASKS[name].steps
         for variant in TASKS[name].variants

@@ -23,15 +23,20 @@ COLORS = {
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """For each task a table in Markdown: a line for each variant, a column for each training length."""
-    return "\n\n".join(_table(name, [row for row in rows if row["task"] == name]) for name in TASKS if any(r["task"] == name for r in rows))
+    """For each task and scale a table in Markdown: a line for each variant, a column for each training length."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], int(row["scale"])), []).append(row)
+    return "\n\n".join(
+        _table(name, scale, groups[name, scale]) for name, scale in sorted(groups, key=lambda key: (list(TASKS).index(key[0]), key[1]))
+    )
 
 
-def _table(name: str, rows: Sequence[Row]) -> str:
+def _table(name: str, scale: int, rows: Sequence[Row]) -> str:
     lengths = sorted({int(row["steps"]) for row in rows})
     lines = [
-        f"`{name}`: {TASKS[name].unit} after so many steps, the mean of (n) seeds; then the mean difference to dense, seed by seed,",
-        "± its 95 % interval:",
+        f"`{name}`{f', scale {scale}' if scale > 1 else ''}: {TASKS[name].unit} after so many steps, the mean of (n) seeds; then the mean",
+        "difference to dense, seed by seed, ± its 95 % interval:",
         "",
         "| variant | parameters | " + " | ".join(f"{length:,}" for length in lengths) + " |",
         "| --- " * (len(lengths) + 2) + "|",
@@ -70,6 +75,7 @@ def interval(values: Sequence[float]) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Score by training length, one panel a task; every run is a point, the line goes through the means."""
+    rows = [row for row in rows if row["scale"] == "1"]
     names = [name for name in TASKS if any(row["task"] == name for row in rows)]
     figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):

@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import pe_fx.timm  # noqa: F401  registers the tied models
+from pe_fx.tied import Tied
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,9 @@ class Training:
         classes = Images(args.data, "train", None).classes
         model = timm.create_model(recipe.model, num_classes=classes, drop_path_rate=recipe.drop_path, **args.model_kwargs).to(device)
         self.model: nn.Module = model
+        if args.backend == "pe_fx" and not any(isinstance(module, Tied) for module in model.modules()):
+            raise SystemExit(f"--backend pe_fx would tie {recipe.model} in its graphs alone: take its twin, --model {recipe.model}_pe")
+        self.settings = {"recipe": asdict(recipe), "model_kwargs": args.model_kwargs, "seed": args.seed, "img_size": args.img_size}
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay, foreach=not args.fsdp) if recipe.ema_decay else None
         if args.fsdp:
             for module in filter(None, (model, self.ema and self.ema.module)):
@@ -250,7 +254,7 @@ class Training:
         return total.item()
 
     def save(self, name: str) -> None:
-        state: dict[str, Any] = {"recipe": asdict(self.recipe), "progress": asdict(self.progress)}
+        state: dict[str, Any] = {"settings": self.settings, "progress": asdict(self.progress)}
         state["state_dict"] = whole(self.model.state_dict())
         state["state_dict_ema"] = whole(self.ema.module.state_dict()) if self.ema else None
         state["optimizer"] = whole(self.optimizer.state_dict())
@@ -263,8 +267,8 @@ class Training:
         if not path.exists():
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            raise SystemExit(f"{path} was written with other settings ({state['recipe']}): choose another --output")
+        if state["settings"] != self.settings:
+            raise SystemExit(f"{path} was written with other settings ({state['settings']}): choose another --output")
         load_whole(self.model, state["state_dict"])
         if self.ema:
             load_whole(self.ema.module, state["state_dict_ema"])

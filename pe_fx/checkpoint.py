@@ -16,6 +16,7 @@ from pe_fx.capture import first_line
 from pe_fx.errors import PeFxError
 from pe_fx.files import whole_file
 from pe_fx.held import held_plan, uncompiled
+from pe_fx.tied import is_sharded
 from pe_fx.ties import Plan
 from pe_fx.twin import untie
 
@@ -44,7 +45,7 @@ def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | No
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, value in _named(model).items():
-        if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+        if not isinstance(value, Tensor) or value.is_meta or is_sharded(value) or value.layout is not torch.strided:
             raise PeFxError(f"{name} is {_kind(value)}: a safetensors file holds dense tensors with values only")
         value = value.detach().contiguous()
         if value.numel() and value.untyped_storage().data_ptr() in storages:
@@ -88,13 +89,20 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
     path = Path(path)
     values, plan = _read(path)
     held = held_plan(uncompiled(model))
+    if any(map(is_sharded, model.parameters())):
+        raise PeFxError("this model is sharded: load before that, or with torch.distributed.checkpoint")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise PeFxError("this model has no memory for its weights: model.to_empty(device='cpu') gives it some")
     if plan is not None and held is not None and set(plan.ties) != set(held.ties):
         other = next(iter(set(plan.ties) ^ set(held.ties)))
         raise PeFxError(f"{path} is tied otherwise than the model: only one of them has {other}. Load it into a dense model")
     if held is not None and _is_dense(values, held):
-        dense = untie(model)
+        if held.entries:
+            raise PeFxError(
+                f"{path} is dense, and entry={held.entries[0].treatment!r} has changed modules of the model: "
+                "load it into the dense model, and tie that by the plan, pe_fx.apply(dense, plan)"
+            )
+        dense = untie(uncompiled(model))
         dense.load_state_dict(_fitting(dense, values, path))
         values = apply(dense, held, init=init, inplace=True).state_dict()
     outline = _outline(model)  # what does not fit is found on it, before the model is changed
@@ -105,7 +113,7 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
     state = _fitting(outline, values, path)
     result = model if inplace else copy.deepcopy(model)
     if missing is not None:
-        apply(result, missing, inplace=True)
+        apply(uncompiled(result), missing, inplace=True)
     uncompiled(result).load_state_dict(state)
     return result
 

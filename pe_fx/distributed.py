@@ -96,6 +96,8 @@ def check(model: nn.Module) -> None:
     for path, module in model.named_modules():
         for name, weight in module.tied_weights.items() if isinstance(module, Tied) else ():
             for source, attribute in weight.sources:
+                if id(source) not in names:
+                    raise PeFxError(f"{path}.{name} is tied to a {type(source).__name__} that is no part of this model: shard the whole")
                 if unit[path] is not unit[names[id(source)]]:
                     raise PeFxError(
                         f"{path}.{name} is tied to {names[id(source)]}.{attribute}, which another FSDP unit shards: it is not gathered "

@@ -38,6 +38,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         draft.chmod(0o666 & ~mask)  # as any new file; a temporary one is closed to others
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())  # or the name might be there before the bytes
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

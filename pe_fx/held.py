@@ -43,43 +43,48 @@ def held_plan(model: nn.Module) -> Plan | None:
                 now[source] = _joined(paths[id(owner)], name)
     if not plans:
         return None
-    sites = tuple(site for key, plan in plans.items() for site in _present(plan, names[key]))
+    present = [(plan, old, new) for key, plan in plans.items() for old, new in _present(plan, names[key])]
+    sites = tuple(new for _, _, new in present)
+    shapes = {name: plan.shapes[was] for plan, old, new in present for was, name in zip(old.weights, new.weights, strict=True)}
     after = sum(parameter.numel() for parameter in model.parameters())
     only = next(iter(plans.values())) if len(plans) == 1 else Plan()
     as_it_was = all(old == new for now in names.values() for old, new in now.items())
     return Plan(
         sites=sites,
         misses=only.misses if as_it_was else (),
-        shapes={new: plans[key].shapes[old] for key, now in names.items() for old, new in now.items()},
+        shapes=shapes | {new: plans[key].shapes[old] for key, now in names.items() for old, new in now.items()},
         params_before=after + sum(site.saved for site in sites),
         params_after=after,
         options=only.options,
     )
 
 
-def _present(plan: Plan, now: Mapping[str, str]) -> Iterator[Site]:
-    """The plan's sites as far as the model has them, by their present names."""
+def _present(plan: Plan, now: Mapping[str, str]) -> Iterator[tuple[Site, Site]]:
+    """The plan's sites as far as the model has them: as they were, and by their present names."""
     for site in plan.sites:
         ties = [tie for tie in site.ties if tie.target in now]
         if ties:
             rename = _renaming(now, ties[0].target)
-            yield replace(
+            yield (
                 site,
-                name=rename(site.name),
-                weights=tuple(map(rename, site.weights)),
-                ties=tuple(
-                    replace(tie, into=replace(tie.into, name=now[tie.target]), of=replace(tie.of, name=now[tie.source])) for tie in ties
+                replace(
+                    site,
+                    name=rename(site.name),
+                    weights=tuple(map(rename, site.weights)),
+                    ties=tuple(
+                        replace(tie, into=replace(tie.into, name=now[tie.target]), of=replace(tie.of, name=now[tie.source])) for tie in ties
+                    ),
+                    stage=site.stage and rename(site.stage),
+                    entry=site.entry
+                    and replace(
+                        site.entry,
+                        block=rename(site.entry.block),
+                        conv1=rename(site.entry.conv1),
+                        convs=tuple(map(rename, site.entry.convs)),
+                        norms=tuple(map(rename, site.entry.norms)),
+                    ),
+                    saved=site.saved if len(ties) == len(site.ties) else sum(tie.into.numel - tie.gains for tie in ties),
                 ),
-                stage=site.stage and rename(site.stage),
-                entry=site.entry
-                and replace(
-                    site.entry,
-                    block=rename(site.entry.block),
-                    conv1=rename(site.entry.conv1),
-                    convs=tuple(map(rename, site.entry.convs)),
-                    norms=tuple(map(rename, site.entry.norms)),
-                ),
-                saved=site.saved if len(ties) == len(site.ties) else sum(tie.into.numel - tie.gains for tie in ties),
             )
 
 

@@ -21,7 +21,7 @@ def check_merge(tuner: BaseTuner) -> None:
     Linear(in_features=8, out_features=4, bias=True)
 
     An adapter changes one use of a matrix W; merged, it would change W for the other use, too. Training is not affected: the
-    adapter is added to one use alone.
+    adapter is added to one use alone. Not seen is `layer.merge()`, called on one layer by hand.
     """
     tied = [module for module in tuner.model.modules() if isinstance(module, Tied)]
     shared = {id(module) for module in tied}

@@ -227,6 +227,10 @@ def _initial_values(model: nn.Module, plan: Plan, init: str) -> dict[str, Tensor
         value = part(model.get_parameter(tie.target).detach(), tie.into)
         mix = mix_of(tie)
         value = value if mix is None else mix.inverse(value)
+        if tie.gain is not None:
+            if tie.gain == 0:
+                continue  # scaled to nothing, it can have any source
+            value = value / tie.gain
         value = value.transpose(*tie.axes) if tie.transposed and value.dim() > max(tie.axes) else value
         add_part(totals[tie.source], tie.of, value.reshape(tie.of.shape))
         add_part(counts[tie.source], tie.of, torch.ones_like(value).reshape(tie.of.shape))

@@ -212,6 +212,27 @@ class Tied(Derived):
         own = super().extra_repr()  # type: ignore[misc]
         return f"{own}, {ties}" if own else ties
 
+    def _mixes(self) -> dict[str, list[list[int] | None]]:
+        return {
+            name: [None if view.mix is None else [view.mix.hands, view.mix.cut] for view in weight.layout.views]
+            for name, weight in self.tied_weights.items()
+        }
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["pe_fx_mix"] = self._mixes()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
+    ) -> None:
+        """Weights have the same names and shapes whatever the mix: a state_dict remembers it."""
+        if local_metadata.get("pe_fx_mix", self._mixes()) != self._mixes():
+            errors.append(
+                f"{prefix[:-1]} was saved with another order or other signs (mix) than it has here: tie the model by its own plan"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+
     def __prepare_scriptable__(self) -> Any:
         raise PeFxError("torch.jit.script cannot follow a tied weight to its source: use torch.jit.trace, or script pe_fx.untie(model)")
 
@@ -256,7 +277,8 @@ def untie_weights(module: nn.Module, dense: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
         trained = weight.sources[0][0]._parameters[weight.sources[0][1]]
         module._parameters[name] = nn.Parameter(dense[name].contiguous(), requires_grad=trained is None or trained.requires_grad)
-        module._parameters.pop(gain_of(name), None)
+        if any(weight.layout.gains):
+            del module._parameters[gain_of(name)]
     for name in next(iter(weights.values())).order:
         module._parameters[name] = module._parameters.pop(name)
 

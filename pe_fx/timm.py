@@ -135,9 +135,11 @@ def _tie_dense_weights(
         return
     classes = {"num_classes": model.num_classes} if hasattr(model, "num_classes") else {}
     twin = model_entrypoint(dense)(pretrained=False, **{**kwargs, **classes})
-    twin.load_state_dict(state_dict)
+    missing, unexpected = twin.load_state_dict(state_dict, strict=False)
+    tied = _tied(twin, kwargs, options).state_dict()
+    kept = {name: state_dict[name] for name in unexpected}  # for the load itself to judge, as what is missing
     state_dict.clear()
-    state_dict.update(_tied(twin, kwargs, options).state_dict())
+    state_dict.update({name: value for name, value in tied.items() if name not in missing} | kept)
 
 
 def _is_dense(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:

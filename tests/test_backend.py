@@ -430,7 +430,7 @@ def test_weights_of_another_model_are_not_decided(unlowered: list[str]) -> None:
 
 
 def test_unknown_option() -> None:
-    with pytest.raises(Exception, match=r"option 'rule' is unknown .* rules, share, include, exclude, mode, inductor"):
+    with pytest.raises(Exception, match=r"option 'rule' is unknown .* rules, share, include, exclude, mix, mode, inductor"):
         compiled(mlp(), rule=["mlp"])(X)
 
 

@@ -41,6 +41,15 @@ def resnet() -> nn.Module:
     return ResNet(Bottleneck, layers=(3, 2, 1, 1), channels=(8, 16, 16, 16), stem_width=8, num_classes=7)
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
 def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=16))
 
@@ -68,6 +77,7 @@ def assert_equal(a: nn.Module, b: nn.Module) -> None:
 
 BUILDS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "mlp": (mlp, ROWS, {}),
+    "glu, a weight in no tie": (Gated, ROWS, {}),
     "vit, rows of a weight": (vit, IMAGE, {}),
     "resnet, keep": (resnet, IMAGE, {}),
     "resnet, slice": (resnet, IMAGE, {"entry": "slice"}),
@@ -87,6 +97,7 @@ def test_a_tied_file_ties_a_dense_model(case: str, tmp_path: Path) -> None:
     before = copy.deepcopy(dense)
     loaded = checkpoint.load(tmp_path / "tied.safetensors", dense)
     assert_equal(loaded, tied)
+    assert str(checkpoint.read_plan(tmp_path / "tied.safetensors")) == str(held_plan(loaded))
     assert_equal(dense, before)
     checkpoint.load(tmp_path / "tied.safetensors", dense, inplace=True)
     assert_equal(dense, tied)
@@ -404,6 +415,22 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_compiled_model_is_filled(tmp_path: Path) -> None:
+    tied, dense = tie(mlp, ROWS), mlp()
+    checkpoint.save(tied, tmp_path / "tied.safetensors")
+    checkpoint.save(dense, tmp_path / "dense.safetensors")
+    assert_equal(checkpoint.load(tmp_path / "tied.safetensors", torch.compile(mlp()))._orig_mod, tied)
+    filled = checkpoint.load(tmp_path / "dense.safetensors", torch.compile(tied))
+    assert torch.equal(filled._orig_mod[0].weight, dense[0].weight)
+
+
+@pytest.mark.parametrize("entry", ["slice", "expand"])
+def test_a_dense_file_does_not_fit_changed_modules(entry: str, tmp_path: Path) -> None:
+    checkpoint.save(resnet(), tmp_path / "dense.safetensors")
+    with pytest.raises(PeFxError, match=f"entry='{entry}' has changed modules.*pe_fx.apply"):
+        checkpoint.load(tmp_path / "dense.safetensors", tie(resnet, IMAGE, entry=entry))
 
 
 # ---- size

@@ -262,6 +262,17 @@ def test_dense_weights_are_tied_after_the_classifier_was_replaced() -> None:
     assert_same(model, pe_fx.transform(dense, torch.randn(1, 3, 32, 32)).state_dict())
 
 
+def test_dense_weights_without_a_classifier() -> None:
+    model, dense = vit(num_classes=3), drawn(VIT, num_classes=5, **SIZES)
+    head = model.head.weight.clone()
+    body = {name: value for name, value in dense.state_dict().items() if not name.startswith("head.")}
+    with pytest.raises(RuntimeError, match=r"head\.weight"):
+        model.load_state_dict(body)
+    model.load_state_dict(body, strict=False)
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, dense.blocks[0].mlp.fc1.weight)
+
+
 class ValueOnly:
     """Attention, of which only v is tied: rows of a weight whose name stays."""
 

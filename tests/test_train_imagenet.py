@@ -239,6 +239,8 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(images: Path, whole_run: 
     output, _ = whole_run
     with pytest.raises(SystemExit, match="other settings"):
         train_imagenet.main(["--data", str(images), "--output", str(output), *SHORT, *VIT, "--lr", "1"])
+    with pytest.raises(SystemExit, match="other settings"):
+        train_imagenet.main(["--data", str(images), "--output", str(output), *SHORT, *VIT, "--seed", "7"])
     with pytest.raises(SystemExit, match="set --batch-size"):
         train_imagenet.main(["--data", str(images), "--output", str(output), "--recipe", "vit", *TINY])
 

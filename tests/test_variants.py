@@ -146,11 +146,31 @@ def test_mixing_frees_the_jacobian_from_symmetry() -> None:
         assert torch.allclose(jacobian, jacobian.T, atol=1e-6) is symmetric
 
 
-def test_mean_averages_in_the_sources_order() -> None:
-    tied = pe_fx.transform(mlp(), X, mix="signed")
-    dense = pe_fx.untie(tied)
-    again = pe_fx.transform(dense, X, mix="signed", init="mean")
+@every_variant
+def test_mean_undoes_the_variant_before_it_averages(options: dict[str, Any]) -> None:
+    tied = pe_fx.transform(mlp(), X, **options)
+    again = pe_fx.transform(pe_fx.untie(tied), X, init="mean", **options)
     torch.testing.assert_close(again(X), tied(X))
+
+
+def test_a_state_dict_remembers_the_mix() -> None:
+    """Names and shapes are those of a plain tie."""
+    plain, signed = pe_fx.transform(blocks(1), X), pe_fx.transform(blocks(1), X, mix="signed")
+    file = io.BytesIO()
+    torch.save(signed.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    with pytest.raises(RuntimeError, match=r"blocks.0.2 was saved with another order or other signs \(mix\)"):
+        plain.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match=r"blocks.0.2 was saved with another order"):
+        signed.load_state_dict(plain.state_dict())
+    copy.deepcopy(signed).load_state_dict(saved)
+
+
+def test_a_gain_of_the_models_own_stays() -> None:
+    model = mlp()
+    model[2].register_parameter("weight_gain", nn.Parameter(torch.ones(3)))
+    assert torch.equal(pe_fx.untie(pe_fx.transform(model, X)).get_parameter("2.weight_gain"), torch.ones(3))
 
 
 # ---- what is refused
