@@ -22,47 +22,52 @@ from pe_fx.ties import Plan, Ranges, Shape, gain_of
 class Mix:
     """Fixed signs for the channels along both matrix dimensions, and another order along one of them.
 
-    Along `axis` the channels are dealt like cards into `hands`, and cut: what was above the cut comes below, negated. Along
-    `across` the first `half` are negated.
+    Along `axis` the channels are dealt like cards into `hands`, and cut: what was above the cut comes below, negated. Of the
+    `width` channels along `across` the first half are negated.
 
-    >>> mix = Mix(axis=0, across=1, hands=2, cut=2, half=1)
+    >>> mix = Mix(axis=0, across=1, hands=2, cut=2, width=2)
     >>> mix(torch.tensor([[10, 11], [20, 21], [30, 31], [40, 41]])).tolist()
     [[-20, 21], [-40, 41], [10, -11], [30, -31]]
     >>> mix.inverse(mix(torch.eye(4, 2))).equal(torch.eye(4, 2))
     True
 
-    Made of views and `cat`, it needs neither an index nor a sign in memory, its gradient scatters nothing, and Inductor fuses it.
+    Made of views, `cat` and a product, it keeps nothing in memory, its gradient scatters nothing, and Inductor fuses it. A shard
+    along `across`, as in tensor parallel, needs no other.
     """
 
     axis: int
     across: int
     hands: int
     cut: int
-    half: int
+    width: int
 
     @classmethod
     def drawn(cls, axis: int, across: int, shape: Shape, seed: int) -> Mix:
         """The mix of a weight of this shape that the seed stands for, by arithmetic alone: the same everywhere and for ever.
 
         >>> Mix.drawn(0, 1, (384, 1536), 2024)
-        Mix(axis=0, across=1, hands=16, cut=216, half=768)
+        Mix(axis=0, across=1, hands=16, cut=216, width=1536)
         """
         size = shape[axis]
         divisors = [hands for hands in range(2, size // 2 + 1) if size % hands == 0]
         middle = sorted(divisors, key=lambda hands: (max(hands, size // hands), hands))[:4] or [1]  # far from the order there was
         least = (size + 3) // 4
         cut = least + seed // len(middle) % max(3 * size // 4 - least + 1, 1)
-        return cls(axis, across, middle[seed % len(middle)], cut, shape[across] // 2)
+        return cls(axis, across, middle[seed % len(middle)], cut, shape[across])
 
     def __call__(self, part: Tensor) -> Tensor:
-        dealt = self._dealt(_with_negated(part, self.across, self.half), (-1, self.hands))
+        dealt = self._dealt(self._signed(part), (-1, self.hands))
         above, below = _split(dealt, self.axis, self.cut)
         return torch.cat([below, above.neg()], self.axis)
 
     def inverse(self, mixed: Tensor) -> Tensor:
         below, above = _split(mixed, self.axis, mixed.shape[self.axis] - self.cut)
-        dealt = self._dealt(torch.cat([above.neg(), below], self.axis), (self.hands, -1))
-        return _with_negated(dealt, self.across, self.half)
+        return self._signed(self._dealt(torch.cat([above.neg(), below], self.axis), (self.hands, -1)))
+
+    def _signed(self, part: Tensor) -> Tensor:
+        half = self.width // 2
+        signs = torch.cat([part.new_full((half,), -1), part.new_full((self.width - half,), 1)])
+        return (part.transpose(self.across, -1) * signs).transpose(self.across, -1)
 
     def _dealt(self, part: Tensor, grid: tuple[int, int]) -> Tensor:
         rows: Tensor = part.unflatten(self.axis, grid)  # type: ignore[no-untyped-call]
@@ -71,11 +76,6 @@ class Mix:
 
 def _split(part: Tensor, axis: int, count: int) -> tuple[Tensor, Tensor]:
     return part.narrow(axis, 0, count), part[(*[slice(None)] * axis, slice(count, None))]
-
-
-def _with_negated(part: Tensor, axis: int, count: int) -> Tensor:
-    first, rest = _split(part, axis, count)
-    return torch.cat([first.neg(), rest], axis)
 
 
 @dataclass(frozen=True)

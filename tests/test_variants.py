@@ -60,7 +60,7 @@ def test_seeds_differ() -> None:
 
 def test_any_axis() -> None:
     weight = torch.randn(6, 4, 1, 1)
-    assert torch.equal(Mix(1, 0, 2, 1, 3)(weight), Mix(0, 1, 2, 1, 3)(weight.transpose(0, 1)).transpose(0, 1))
+    assert torch.equal(Mix(1, 0, 2, 1, 6)(weight), Mix(0, 1, 2, 1, 6)(weight.transpose(0, 1)).transpose(0, 1))
 
 
 # ---- models
