@@ -22,23 +22,23 @@ from pe_fx.ties import Plan, Ranges, Shape, gain_of
 class Mix:
     """Fixed signs for the channels along both matrix dimensions, and another order along one of them.
 
-    Along `axis` the channels are dealt like cards into `hands`, and cut: what was above the cut comes below, negated. Of the
-    `width` channels along `across` the first half are negated.
+    The `height` channels along `axis` are dealt like cards into `hands`, one hand laid behind the other; then the first half is
+    negated, as is the first half of the `width` channels along `across`.
 
-    >>> mix = Mix(axis=0, across=1, hands=2, cut=2, width=2)
+    >>> mix = Mix(axis=0, across=1, hands=2, height=4, width=2)
     >>> mix(torch.tensor([[10, 11], [20, 21], [30, 31], [40, 41]])).tolist()
-    [[-20, 21], [-40, 41], [10, -11], [30, -31]]
+    [[10, -11], [30, -31], [-20, 21], [-40, 41]]
     >>> mix.inverse(mix(torch.eye(4, 2))).equal(torch.eye(4, 2))
     True
 
-    Made of views, `cat` and a product, it keeps nothing in memory, its gradient scatters nothing, and Inductor fuses it. A shard
-    along `across`, as in tensor parallel, needs no other.
+    Made of views and products, it keeps nothing in memory, its gradient scatters nothing, and Inductor makes one kernel of it, the
+    same for all weights of one shape with as many hands. A shard along `across`, as in tensor parallel, needs no other.
     """
 
     axis: int
     across: int
     hands: int
-    cut: int
+    height: int
     width: int
 
     @classmethod
@@ -46,36 +46,28 @@ class Mix:
         """The mix of a weight of this shape that the seed stands for, by arithmetic alone: the same everywhere and for ever.
 
         >>> Mix.drawn(0, 1, (384, 1536), 2024)
-        Mix(axis=0, across=1, hands=16, cut=216, width=1536)
+        Mix(axis=0, across=1, hands=16, height=384, width=1536)
         """
         size = shape[axis]
         divisors = [hands for hands in range(2, size // 2 + 1) if size % hands == 0]
         middle = sorted(divisors, key=lambda hands: (max(hands, size // hands), hands))[:4] or [1]  # far from the order there was
-        least = (size + 3) // 4
-        cut = least + seed // len(middle) % max(3 * size // 4 - least + 1, 1)
-        return cls(axis, across, middle[seed % len(middle)], cut, shape[across])
+        return cls(axis, across, middle[seed % len(middle)], size, shape[across])
 
     def __call__(self, part: Tensor) -> Tensor:
-        dealt = self._dealt(self._signed(part), (-1, self.hands))
-        above, below = _split(dealt, self.axis, self.cut)
-        return torch.cat([below, above.neg()], self.axis)
+        return self._signed(self._dealt(part, (-1, self.hands)))
 
     def inverse(self, mixed: Tensor) -> Tensor:
-        below, above = _split(mixed, self.axis, mixed.shape[self.axis] - self.cut)
-        return self._signed(self._dealt(torch.cat([above.neg(), below], self.axis), (self.hands, -1)))
-
-    def _signed(self, part: Tensor) -> Tensor:
-        half = self.width // 2
-        signs = torch.cat([part.new_full((half,), -1), part.new_full((self.width - half,), 1)])
-        return (part.transpose(self.across, -1) * signs).transpose(self.across, -1)
+        return self._dealt(self._signed(mixed), (self.hands, -1))
 
     def _dealt(self, part: Tensor, grid: tuple[int, int]) -> Tensor:
         rows: Tensor = part.unflatten(self.axis, grid)  # type: ignore[no-untyped-call]
         return rows.transpose(self.axis, self.axis + 1).flatten(self.axis, self.axis + 1)
 
-
-def _split(part: Tensor, axis: int, count: int) -> tuple[Tensor, Tensor]:
-    return part.narrow(axis, 0, count), part[(*[slice(None)] * axis, slice(count, None))]
+    def _signed(self, part: Tensor) -> Tensor:
+        for axis, size in ((self.axis, self.height), (self.across, self.width)):
+            signs = torch.cat([part.new_full((size // 2,), -1), part.new_full((size - size // 2,), 1)])
+            part = (part.transpose(axis, -1) * signs).transpose(axis, -1)
+        return part
 
 
 @dataclass(frozen=True)
@@ -212,9 +204,9 @@ class Tied(Derived):
         own = super().extra_repr()  # type: ignore[misc]
         return f"{own}, {ties}" if own else ties
 
-    def _mixes(self) -> dict[str, list[list[int] | None]]:
+    def _mixes(self) -> dict[str, list[int | None]]:
         return {
-            name: [None if view.mix is None else [view.mix.hands, view.mix.cut] for view in weight.layout.views]
+            name: [None if view.mix is None else view.mix.hands for view in weight.layout.views]
             for name, weight in self.tied_weights.items()
         }
 

@@ -159,9 +159,9 @@ def signed_order(tie: Tie) -> tuple[list[int], list[int]]:
     piles: list[list[int]] = [[] for _ in range(mix.hands)]
     for card in range(tie.into.shape[mix.axis]):
         piles[card % mix.hands].append(card)
-    cards = [(card, 1) for pile in piles for card in pile]
-    cards = cards[mix.cut :] + [(card, -1) for card, _ in cards[: mix.cut]]
-    return [card for card, _ in cards], [sign for _, sign in cards]
+    cards = [card for pile in piles for card in pile]
+    half = len(cards) // 2
+    return cards, [-1] * half + [1] * (len(cards) - half)
 
 
 def factors(tie: Tie, plan: Plan, gains: Mapping[str, Tensor] | None = None) -> Tensor:
