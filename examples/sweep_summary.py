@@ -39,6 +39,7 @@ def outcomes(rows: Sequence[Row]) -> str:
         by_library[row["library"]].append(row)
     header = (
         "models",
+        "not built",
         "planned",
         "with sites",
         "verified",
@@ -71,16 +72,22 @@ def _outcome(rows: Sequence[Row]) -> list[str]:
     ]
     return [
         f"{len(rows):,}",
+        f"{sum(map(_is_unbuilt, rows)):,}",
         f"{sum(bool(row['params']) for row in rows):,}",
         f"{sum(row['sites'] not in ('', '{}') for row in rows):,}",
         f"{verified['full'] + verified['shallow']:,}",
         f"{verified['shallow']:,}",
         f"{verified['too large']:,}",
         f"{verified['NOT equal']:,}",
-        f"{sum(bool(row['error']) for row in rows):,}",
+        f"{sum(bool(row['error']) and not _is_unbuilt(row) for row in rows):,}",
         f"{max((float(row['worst_error']) for row in rows if row['worst_error']), default=0.0):.0e}",
         f"{statistics.median(shares):.1%}",
     ]
+
+
+def _is_unbuilt(row: Row) -> bool:
+    """Whether no small model with fitting inputs could be made from its configuration: nothing of pe_fx was run."""
+    return row["error"].startswith("build:")
 
 
 def paper(rows: Sequence[Row]) -> str:

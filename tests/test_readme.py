@@ -44,3 +44,13 @@ def test_sweep_tables_are_those_of_the_committed_rows(monkeypatch: pytest.Monkey
     text = README.read_text(encoding="utf-8")
     assert sweep_summary.outcomes(rows) in text
     assert sweep_summary.paper(rows) in text
+
+
+def test_accuracy_tables_are_those_of_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made by `python examples/accuracy.py --summary`, never by hand."""
+    monkeypatch.syspath_prepend(README.parent / "examples")
+    import accuracy
+    import accuracy_summary
+
+    rows = accuracy.read_rows(README.parent / "examples" / "accuracy.csv")
+    assert accuracy_summary.summary(rows) in README.read_text(encoding="utf-8")
