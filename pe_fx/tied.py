@@ -6,7 +6,7 @@ registered, so that every weight has exactly one name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,6 +227,13 @@ class Tied(Derived):
 
     def __prepare_scriptable__(self) -> Any:
         raise PeFxError("torch.jit.script cannot follow a tied weight to its source: use torch.jit.trace, or script pe_fx.untie(model)")
+
+
+def tied_weights_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, TiedWeight]]:
+    """Every tied weight of a model: its full name, its module, its name there, and what it is."""
+    for path, module in model.named_modules():
+        for name, weight in module.tied_weights.items() if isinstance(module, Tied) else ():
+            yield f"{path}.{name}" if path else name, module, name, weight
 
 
 def _property(name: str) -> property:

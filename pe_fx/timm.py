@@ -27,7 +27,7 @@ except ImportError as error:
     raise ImportError(f"pe_fx.timm needs timm ({error}): pip install 'pe_fx[timm]'") from error
 
 import pe_fx
-from pe_fx.tied import Tied
+from pe_fx.tied import tied_weights_in
 
 __all__ = ["register"]
 
@@ -145,12 +145,7 @@ def _tie_dense_weights(
 def _is_dense(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
     """Whether every weight that the model has tied away, as a whole or in part, is there as a whole."""
     stored = model.state_dict()
-    tied = [
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if isinstance(module, Tied)
-        for name in module.tied_weights
-    ]
+    tied = [name for name, *_ in tied_weights_in(model)]
     return bool(tied) and all(name in state_dict and (name not in stored or state_dict[name].shape != stored[name].shape) for name in tied)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pe_fx.capture import ExampleInputs, as_arguments, capture, first_line, tensors_in
 from pe_fx.errors import PeFxError
-from pe_fx.tied import Tied, stored, untie_weights
+from pe_fx.tied import Tied, stored, tied_weights_in, untie_weights
 from pe_fx.ties import table
 
 TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -171,14 +171,12 @@ def _mapped_gradients(tied: nn.Module, dense: dict[str, Tensor | None]) -> dict[
     views: list[Tensor] = []
     gradients: list[Tensor] = []
     viewed: set[str] = set()
-    for path, module in tied.named_modules():
-        for name, weight in (module.tied_weights if isinstance(module, Tied) else {}).items():
-            full = f"{path}.{name}" if path else name
-            viewed.add(full)
-            gradient = dense.get(full)
-            if gradient is not None:
-                views.append(weight.dense(module, name))
-                gradients.append(gradient)
+    for full, module, name, weight in tied_weights_in(tied):
+        viewed.add(full)
+        gradient = dense.get(full)
+        if gradient is not None:
+            views.append(weight.dense(module, name))
+            gradients.append(gradient)
     stored = dict(tied.named_parameters())
     trained = [name for name, parameter in stored.items() if parameter.requires_grad]
     through = (
