@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pe_fx.channels import arriving, channels_along, channels_in, expand_along, varying_axes
+from pe_fx.channels import arriving, channels_along, channels_in, numbered, varying_axes
 from pe_fx.flow import Flow
 from pe_fx.operation import Op, Weight, factors, product_labels
 from pe_fx.ops import Kind
@@ -147,9 +147,8 @@ def _mixes_heads(op: Op) -> bool:
 def _axis_at(flow: Flow, product: Op, axis: int, value: Op) -> int | None:
     """Where an axis of the product lies in a value made from it."""
     size = product.shape[axis]
-    tags = expand_along(torch.arange(1.0, size + 1, dtype=torch.float64), product.shape, axis)
-    state = flow.trace(product, value, tags=tags, loosely=True)[value]
-    axes = varying_axes(state.tags) if isinstance(state.tags, torch.Tensor) else []
+    state = flow.trace(product, value, tags=numbered(product.shape, axis), loosely=True)[value]
+    axes = varying_axes(state.tags) if isinstance(state.tags, torch.Tensor) else ()
     return axes[0] if len(axes) == 1 else (axis if size == 1 else None)
 
 
@@ -189,7 +188,7 @@ def _part(flow: Flow, value: Op | None) -> Part | None:
     if value is None or source is None or not source.is_projection or source.weight is None or not source.weight.is_matrix:
         return None
     channels = channels_in(flow.trace(source, value)[value].tags)
-    return None if channels is None else Part(source, source.weight, tuple(channels))
+    return None if channels is None else Part(source, source.weight, channels)
 
 
 def _output(flow: Flow, core: Core, v: Part | None) -> Part | None:

@@ -56,8 +56,8 @@ class _Branch:
     state: Channels
 
     @property
-    def channels(self) -> list[int]:
-        return channels_in(self.state.tags) or []
+    def channels(self) -> tuple[int, ...]:
+        return channels_in(self.state.tags) or ()
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _channel_obstacle(pair: Pair, state: Channels) -> str | None:
     if not lies_along(state.tags, pair.second.in_axis):
         return f"{second.name} works on another axis than the one that {first.name} makes, or a reshape between them mixes it"
     arrived = channels_along(state.tags, pair.second.in_axis)
-    straight = arrived == list(range(first.outputs)) and first.is_straight and second.is_straight
+    straight = arrived == tuple(range(first.outputs)) and first.is_straight and second.is_straight
     if not straight and not (state.mixed and arrived is not None and len(set(arrived)) == second.inputs):
         return f"the hidden channels of {first.name} reach {second.name} in another order"
     return None

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from pe_fx.capture import Captured, ExampleInputs, capture, value_of
+from pe_fx.channels import tracing
 from pe_fx.entry import widen_params
 from pe_fx.errors import NoSitesWarning, PeFxError
-from pe_fx.flow import Flow, one_thread
+from pe_fx.flow import Flow
 from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.passes.variants import GAIN, MIXES, vary
@@ -61,7 +62,7 @@ def plan(
         return found.kind in kinds and _selected(found, include, exclude)
 
     custom = [rule for rule in chosen if rule not in DEFAULT_RULES]
-    with one_thread():
+    with tracing():
         flow = Flow(captured)
         sites, misses = find(flow, (*custom, *DEFAULT_RULES))
         owners = _owners(model, captured)

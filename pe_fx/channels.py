@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +18,29 @@ from pe_fx.capture import value_of
 from pe_fx.operation import Op, factors, is_floating, number, product_labels, shape_of
 from pe_fx.ops import Kind
 from pe_fx.ties import Shape
+
+Remembered = TypeVar("Remembered", bound=Callable[..., Any])
+_caches: list[Any] = []
+
+
+def remembered(function: Remembered) -> Remembered:
+    """Called again with the very same tags, the function returns the very same result: blocks of one form are traced once."""
+    cached: Any = functools.lru_cache(maxsize=512)(function)
+    _caches.append(cached)
+    return cached  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Tags are small tensors: on a busy machine threads spend ten times as long waiting for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for cached in _caches:
+            cached.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -45,11 +69,12 @@ def arriving(states: dict[Op, Channels], op: Op) -> Channels:
     return Channels(None, lost="nothing of it arrives")
 
 
-def channels_along(tags: Any, axis: int) -> list[int] | None:
+@remembered
+def channels_along(tags: Any, axis: int) -> tuple[int, ...] | None:
     """The channel at each position of `axis`; None where it depends on the other axes too, is not of the origin, or is a pair.
 
     >>> channels_along(torch.tensor([[3.0, 1.0], [3.0, 0.0]]), 1)
-    [2, 0]
+    (2, 0)
     """
     if not isinstance(tags, Tensor) or tags.is_complex():
         return None
@@ -58,29 +83,29 @@ def channels_along(tags: Any, axis: int) -> list[int] | None:
     largest = flat.amax(0)
     if not bool(((flat == largest) | (flat == 0)).all()) or not bool((largest > 0).all()):
         return None
-    numbers: list[int] = (largest.long() - 1).tolist()
-    return numbers
+    return tuple((largest.long() - 1).tolist())
 
 
-def channels_in(tags: Any) -> list[int] | None:
+@remembered
+def channels_in(tags: Any) -> tuple[int, ...] | None:
     """All channels of the origin that a value holds, sorted; None where it holds anything else (beside padding)."""
     if not isinstance(tags, Tensor) or tags.is_complex():
         return None
     present = torch.unique(_shrink(tags)).long() - 1  # type: ignore[no-untyped-call]
     if present[0] < -1 or present[-1] < 0:
         return None
-    channels: list[int] = present[present >= 0].tolist()
-    return channels
+    return tuple(present[present >= 0].tolist())
 
 
-def varying_axes(tags: Tensor) -> list[int]:
+@remembered
+def varying_axes(tags: Tensor) -> tuple[int, ...]:
     """The axes along which the tags differ.
 
     >>> varying_axes(torch.arange(3.0).expand(2, 3))
-    [1]
+    (1,)
     """
     small = _shrink(_lazy(tags))
-    return [axis for axis in range(small.dim()) if small.shape[axis] > 1 and not _repeats(small, axis)]
+    return tuple(axis for axis in range(small.dim()) if small.shape[axis] > 1 and not _repeats(small, axis))
 
 
 def lies_along(tags: Tensor, axis: int) -> bool:
@@ -90,7 +115,24 @@ def lies_along(tags: Tensor, axis: int) -> bool:
     True
     """
     axis %= tags.dim()
-    return varying_axes(tags) == ([axis] if tags.shape[axis] > 1 else [])
+    return varying_axes(tags) == ((axis,) if tags.shape[axis] > 1 else ())
+
+
+@remembered
+def numbered(shape: Shape, axis: int) -> Tensor:
+    """The tags of channels that lie in order along one axis.
+
+    >>> numbered((2, 3), 1)
+    tensor([[1., 2., 3.],
+            [1., 2., 3.]], dtype=torch.float64)
+    """
+    return expand_along(torch.arange(1.0, shape[axis] + 1, dtype=torch.float64), shape, axis)
+
+
+@remembered
+def nothing_in(shape: Shape) -> Tensor:
+    """The tags of a value that holds no channel of the origin."""
+    return torch.zeros(1, dtype=torch.float64).expand(shape)
 
 
 def expand_along(values: Tensor, shape: Shape, axis: int) -> Tensor:
@@ -138,7 +180,7 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
     if op.kind is Kind.REDUCE:
         tags = _reduced(op, first.tags)
         if tags is None and isinstance(value_of(op.node), Tensor):
-            return Channels(torch.zeros(1, dtype=torch.float64).expand(op.shape), uniform=True, lost=f"{op.name} over channels")
+            return Channels(nothing_in(op.shape), uniform=True, lost=f"{op.name} over channels")
         return lost(lost=f"{op.name} over channels") if tags is None else keep(tags)
     if op.kind is Kind.CONV or (op.is_projection and op in carriers):
         if op.weight is None or not lies_along(first.tags, op.in_axis):
@@ -167,9 +209,9 @@ def _elementwise(op: Op, states: dict[Op, Channels], activations: int, mixed: bo
     if not tagged:
         known = [states[source] for source in op.inputs if source in states]
         uniform = next((state for state in known if state.tags is not None), known[0])
-        return Channels(torch.zeros(1, dtype=torch.float64).expand(op.shape), uniform=not others, lost=uniform.lost)
+        return Channels(nothing_in(op.shape), uniform=not others, lost=uniform.lost)
     try:
-        wide = [(tags.expand(op.shape), state) for tags, state in tagged]
+        wide = [(tags if tags.shape == op.shape else tags.expand(op.shape), state) for tags, state in tagged]
     except RuntimeError:
         return Channels(None, lost=op.name)
     best, kept = wide[0]
@@ -212,15 +254,25 @@ def moved(op: Op, states: dict[Op, Channels]) -> Any:
         value = value_of(node)
         if isinstance(value, torch.SymInt):
             return number(value)
-        return torch.zeros(1, dtype=torch.float64).expand(shape_of(value)) if is_floating(value) else value
+        return nothing_in(shape_of(value)) if is_floating(value) else value
 
     args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), tags_of)
+    try:
+        hash((args, kwargs))
+    except TypeError:  # a slice, before Python 3.12
+        result = _viewed.__wrapped__(op.node.target, args, kwargs)  # type: ignore[attr-defined]
+    else:
+        result = _viewed(op.node.target, args, kwargs)
+    return result if shape_of(result) == op.shape else None
+
+
+@remembered
+def _viewed(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for copied in (False, True):  # a view that expanded tags refuse may need a copy
         if copied:
             args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
         with contextlib.suppress(RuntimeError, TypeError, IndexError, NotImplementedError):
-            result = call(op.node.target, args, kwargs)
-            return pytree.tree_map(_lazy, result) if shape_of(result) == op.shape else None
+            return pytree.tree_map(_lazy, call(target, args, kwargs))
     return None
 
 
@@ -271,6 +323,7 @@ def _pooled_axes(op: Op) -> set[int]:
     return set(range(rank - digits[0] if digits else 2, rank))
 
 
+@remembered
 def _resampled(tags: Tensor, shape: Shape) -> Tensor | None:
     """The tags of a value that grew or shrank along axes on which no channels lie."""
     if tags.dim() != len(shape):

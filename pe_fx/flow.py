@@ -6,32 +6,19 @@ chunk of `in_proj_weight`, a standardised kernel, a rotary table) is folded into
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import Tensor, fx
 
 from pe_fx.capture import Captured, value_of
-from pe_fx.channels import Channels, expand_along, transfer
+from pe_fx.channels import Channels, numbered, transfer
 from pe_fx.operation import Op, is_floating, is_tensor, shape_of
 from pe_fx.ops import GATHERS, KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place, is_pure_move
 from pe_fx.weights import Static, attach_weight
 
 Test = Callable[[Op], bool]
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Tags are small tensors: on a busy machine threads spend ten times as long waiting for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Flow:
@@ -213,8 +200,7 @@ class Flow:
 
 
 def _own_channels(op: Op) -> Channels:
-    numbers = torch.arange(1.0, op.shape[op.out_axis] + 1, dtype=torch.float64)
-    return Channels(expand_along(numbers, op.shape, op.out_axis))
+    return Channels(numbered(op.shape, op.out_axis))
 
 
 def _walk(start: Op, following: Callable[[Op], Iterable[Op]], through: Test, until: Test) -> Iterator[Op]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import string
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class Weight:
     block: Block
     out_dim: int
     in_dim: int
-    rows: tuple[int, ...]
+    rows: Sequence[int]
     kernel: Shape = ()
     groups: int = 1
     opaque: str = ""
@@ -54,7 +55,7 @@ class Weight:
     @functools.cached_property
     def is_straight(self) -> bool:
         """Whether output channel i is the parameter's row i."""
-        return self.rows == tuple(range(self.outputs))
+        return all(map(operator.eq, self.rows, range(self.outputs)))
 
     @property
     def is_convolution(self) -> bool:

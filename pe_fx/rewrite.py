@@ -42,8 +42,8 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
         assert dense is not None
         rest = None
         if kept[name]:
-            index = torch.tensor(positions(kept[name]), device=dense.device)
-            rest = nn.Parameter(dense.detach().index_select(layouts[name].axis, index), requires_grad=dense.requires_grad)
+            runs = [dense.detach().narrow(layouts[name].axis, start, stop - start) for start, stop in kept[name]]
+            rest = nn.Parameter(torch.cat(runs, layouts[name].axis), requires_grad=dense.requires_grad)
             vars(rest).update(vars(dense))  # marks that a training script may have left on it
         text = "; ".join(tie.text() for tie in ties)
         tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text, plan, name), rest)
@@ -145,8 +145,8 @@ def _axis(ties: list[Tie]) -> int:
 
 def _kept(ties: list[Tie]) -> Ranges:
     """The positions that no tie takes."""
-    axis = _axis(ties)
-    return to_ranges(set(range(ties[0].into.full_shape[axis])).difference(positions(_taken(ties))))
+    edges = [0, *(edge for span in _taken(ties) for edge in span), ties[0].into.full_shape[_axis(ties)]]
+    return tuple((start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop)
 
 
 def _layout(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Ranges]) -> Layout:
@@ -197,8 +197,9 @@ def mix_of(tie: Tie) -> Mix | None:
 
 
 def _taken(ties: list[Tie]) -> Ranges:
+    """The positions that ties take, which overlap nowhere, as ranges in order."""
     axis = _axis(ties)
-    return to_ranges(position for tie in ties for position in positions(tie.into.ranges[axis]))
+    return tuple(sorted(span for tie in ties for span in tie.into.ranges[axis]))
 
 
 def _renumbered(ranges: Ranges, kept: Ranges) -> Ranges:

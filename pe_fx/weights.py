@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from pe_fx.capture import Captured, value_of
-from pe_fx.channels import Channels, channels_along, channels_in, expand_along, moved, varying_axes
+from pe_fx.channels import Channels, channels_along, channels_in, moved, numbered, varying_axes
 from pe_fx.operation import Op, Weight, factors, is_floating, product_labels, shape_of
 from pe_fx.ops import KINDS, Kind, base_name
 from pe_fx.ties import Block, Shape
@@ -137,7 +136,7 @@ def _view_of_parameter(node: fx.Node, out_label: int, in_label: int, static: Sta
     sources = static.sources(node)
     if node in sources:
         block = Block.whole(static.name(node), shape)
-        return Weight(block, out_label, in_label, tuple(range(shape[out_label])), kernel, groups)
+        return Weight(block, out_label, in_label, range(shape[out_label]), kernel, groups)
     main = [source for source in sources if math.prod(shape_of(value_of(source))) >= math.prod(shape)]
     if len(main) != 1:
         return None
@@ -149,7 +148,7 @@ def _view_of_parameter(node: fx.Node, out_label: int, in_label: int, static: Sta
     if full != shape:
         return None
     block = Block.whole(static.name(parameter), full)
-    return Weight(block, out_label, in_label, tuple(range(full[out_label])), kernel, groups, _stranger(node, parameter, static))
+    return Weight(block, out_label, in_label, range(full[out_label]), kernel, groups, _stranger(node, parameter, static))
 
 
 def _positions(node: fx.Node, parameter: fx.Node, full: Shape) -> list[Tensor] | None:
@@ -163,8 +162,8 @@ def _positions(node: fx.Node, parameter: fx.Node, full: Shape) -> list[Tensor] |
         chain.append(current)
         current = current.all_input_nodes[0]
     found = []
-    for dim, size in enumerate(full):
-        tags: Any = expand_along(torch.arange(1.0, size + 1, dtype=torch.float64), full, dim)
+    for dim in range(len(full)):
+        tags: Any = numbered(full, dim)
         for step in reversed(chain):
             if KINDS[base_name(step)] is not Kind.VIEW:
                 continue
@@ -189,7 +188,7 @@ def _from_positions(
     axes = [varying_axes(tags) for tags in positions]
     if any(len(own) > 1 for own in axes):
         return None
-    dims = {label: [dim for dim, own in enumerate(axes) if own == [label]] for label in (out_label, in_label)}
+    dims = {label: [dim for dim, own in enumerate(axes) if own == (label,)] for label in (out_label, in_label)}
     for label in dims:
         if not dims[label] and shape[label] == 1:
             dims[label] = [dim for dim, own in enumerate(axes) if not own and dim not in (d for o in dims.values() for d in o)][:1]
@@ -198,7 +197,7 @@ def _from_positions(
     out_dim, in_dim = dims[out_label][0], dims[in_label][0]
     rows = channels_along(positions[out_dim], out_label)
     columns = channels_along(positions[in_dim], in_label)
-    if rows is None or columns is None or columns != list(range(full[in_dim])):
+    if rows is None or columns is None or columns != tuple(range(full[in_dim])):
         return None
     block = Block.whole(name, full).narrowed(out_dim, rows)
     for dim, tags in enumerate(positions):
@@ -207,7 +206,7 @@ def _from_positions(
             if held is None:
                 return None
             block = block.narrowed(dim, held)
-    return Weight(block, out_dim, in_dim, tuple(rows), kernel, groups)
+    return Weight(block, out_dim, in_dim, rows, kernel, groups)
 
 
 def _stranger(node: fx.Node, parameter: fx.Node, static: Static) -> str:

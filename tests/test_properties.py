@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from oracle import assert_equals_twin
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ HARMLESS = {
 BREAKING = {
     "flip": lambda h: h.flip(-1),
     "shuffle": lambda h: h.unflatten(-1, (2, -1)).mT.flatten(-2),
-    "mean": lambda h: h.mean(-1, keepdim=True).expand_as(h),
+    "mean": lambda h: h.mean(-1, keepdim=True).expand_as(h).contiguous(),  # for an activation in place may follow
 }
 FORMS = ("linear", "functional", "matmul", "einsum", "conv", "addmm")
 
@@ -62,9 +62,8 @@ class Spec:
 
     @property
     def is_site(self) -> bool:
-        return (
-            self.activation is not None and not self.leak and not self.frozen and self.before not in BREAKING and self.after not in BREAKING
-        )
+        in_order = {self.before, self.after}.isdisjoint(BREAKING) or self.before == self.after == "flip"
+        return self.activation is not None and in_order and not self.leak and not self.frozen
 
     @property
     def kind(self) -> str:
@@ -126,11 +125,11 @@ specs = st.builds(
 
 @pytest.mark.parametrize("part", range(4))
 def test_random_networks(part: int) -> None:
+    @seed(part)
     @settings(
         max_examples=EXAMPLES,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        derandomize=True,
         database=None,
         phases=[Phase.generate],
     )
