@@ -113,7 +113,7 @@ def _product_before(flow: Flow, last: Op) -> Op | None:
     """The first product on the way to `last`, past what shifts or scales it by numbers of its own, as a norm written out does."""
     found: Op | None = None
     op = last.inputs[0] if last.inputs else None
-    while op is not None and op.kind in _BEFORE_DOWN | {Kind.PRODUCT}:
+    while op is not None and (op.kind in _BEFORE_DOWN | {Kind.PRODUCT} or op.is_depthwise):
         if op.kind is Kind.PRODUCT and flow.dominates(op, last):
             found = op
         wide = [source for source in op.inputs if len(op.inputs) == 1 or _size(source, last.in_axis) == _size(op, last.in_axis)]

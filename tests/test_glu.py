@@ -38,6 +38,14 @@ def test_activations(act: Callable[[Tensor], Tensor]) -> None:
     hit(swiglu(lambda m, x: m.down(act(m.gate(x)) * m.up(x))), X, TIE)
 
 
+def test_depthwise_convolution_before_down() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.down(m.conv((F.silu(m.gate(x)) * m.up(x)).mT).mT)
+
+    hit(swiglu(forward, conv=nn.Conv1d(H, H, 3, padding=1, groups=H)), X, TIE)
+    miss(swiglu(forward, conv=nn.Conv1d(H, H, 1, groups=2)), X, "2 groups", weights=["conv.weight"])
+
+
 def test_factors_in_the_other_order() -> None:
     hit(swiglu(lambda m, x: m.down(m.up(x) * F.silu(m.gate(x)))), X, TIE)
 
