@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from pe_fx.errors import PeFxError
-from pe_fx.tied import Tied, stored
+from pe_fx.tied import Tied, stored, tied_weights_in
 from pe_fx.ties import Plan, Site
 
 _WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)
@@ -93,16 +93,15 @@ def check(model: nn.Module) -> None:
         own = fsdp.fully_shard.state(module) if isinstance(module, fsdp.FSDPModule) else None  # type: ignore[attr-defined]
         unit[path] = own or unit.get(path.rpartition(".")[0])
     names = {id(module): path for path, module in model.named_modules()}
-    for path, module in model.named_modules():
-        for name, weight in module.tied_weights.items() if isinstance(module, Tied) else ():
-            for source, attribute in weight.sources:
-                if id(source) not in names:
-                    raise PeFxError(f"{path}.{name} is tied to a {type(source).__name__} that is no part of this model: shard the whole")
-                if unit[path] is not unit[names[id(source)]]:
-                    raise PeFxError(
-                        f"{path}.{name} is tied to {names[id(source)]}.{attribute}, which another FSDP unit shards: it is not gathered "
-                        "where it is read. Shard both as one, fully_shard([first, second]), or call pe_fx.distributed.fully_shard(model)"
-                    )
+    for full, module, _, weight in tied_weights_in(model):
+        for source, attribute in weight.sources:
+            if id(source) not in names:
+                raise PeFxError(f"{full} is tied to a {type(source).__name__} that is no part of this model: shard the whole")
+            if unit[names[id(module)]] is not unit[names[id(source)]]:
+                raise PeFxError(
+                    f"{full} is tied to {names[id(source)]}.{attribute}, which another FSDP unit shards: it is not gathered "
+                    "where it is read. Shard both as one, fully_shard([first, second]), or call pe_fx.distributed.fully_shard(model)"
+                )
 
 
 class TiedColwise(ParallelStyle):

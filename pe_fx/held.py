@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from pe_fx.errors import PeFxError
-from pe_fx.tied import Tied
+from pe_fx.tied import tied_weights_in
 from pe_fx.ties import Plan, Site
 
 Rename = Callable[[str], str]
@@ -29,18 +29,16 @@ def held_plan(model: nn.Module) -> Plan | None:
         paths.setdefault(id(module), path)
     plans: dict[int, Plan] = {}
     names: dict[int, dict[str, str]] = {}  # for each plan, from the names in it to those in the model
-    for path, module in model.named_modules():
-        for attribute, weight in module.tied_weights.items() if isinstance(module, Tied) else ():
-            plans[id(weight.plan)] = weight.plan
-            now = names.setdefault(id(weight.plan), {})
-            now[weight.name] = _joined(path, attribute)
-            sources = [tie.source for tie in weight.plan.ties if tie.target == weight.name]
-            for source, (owner, name) in zip(sources, weight.sources, strict=True):
-                if id(owner) not in paths:
-                    raise PeFxError(
-                        f"{now[weight.name]} is tied to {source}, which is no part of this model: take the whole, or pe_fx.untie it"
-                    )
-                now[source] = _joined(paths[id(owner)], name)
+    for full, _, _, weight in tied_weights_in(model):
+        plans[id(weight.plan)] = weight.plan
+        now = names.setdefault(id(weight.plan), {})
+        now[weight.name] = full
+        sources = [tie.source for tie in weight.plan.ties if tie.target == weight.name]
+        for source, (owner, name) in zip(sources, weight.sources, strict=True):
+            if id(owner) not in paths:
+                raise PeFxError(f"{full} is tied to {source}, which is no part of this model: take the whole, or pe_fx.untie it")
+            path = paths[id(owner)]
+            now[source] = f"{path}.{name}" if path else name
     if not plans:
         return None
     present = [(plan, old, new) for key, plan in plans.items() for old, new in _present(plan, names[key])]
@@ -102,10 +100,6 @@ def _renaming(now: Mapping[str, str], target: str) -> Rename:
         return ".".join(new + parts[len(old) :]) if parts[: len(old)] == old else name
 
     return rename
-
-
-def _joined(path: str, attribute: str) -> str:
-    return f"{path}.{attribute}" if path else attribute
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
