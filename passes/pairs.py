@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pe_fx.channels import Channels, arriving, channels_along, lies_along
+from pe_fx.channels import Channels, arriving, channels_along, lies_along, remembered
 from pe_fx.flow import Flow
 from pe_fx.operation import Op, Weight
 from pe_fx.ops import Kind
@@ -46,13 +46,21 @@ class Pair:
         return spatial and all(weight.is_convolution for weight in self.weights)
 
 
-def pairs(flow: Flow) -> Iterator[Pair]:
+def pairs(flow: Flow) -> tuple[Pair, ...]:
     """Every pair of matrix weights that no site has claimed, in dataflow order."""
+    return _pairs(flow, len(flow.claimed), len(flow.carriers))
+
+
+@remembered
+def _pairs(flow: Flow, claimed: int, carriers: int) -> tuple[Pair, ...]:
+    """What is claimed and what carries only grows: their numbers tell their sets."""
+    found = []
     for first in flow.ops:
         if _is_matrix(first) and first not in flow.carriers and not _is_claimed(flow, first):
             second = following(flow, first)
             if second is not None and not _is_claimed(flow, second):
-                yield Pair(first, second, tuple(flow.between(first, second)))
+                found.append(Pair(first, second, tuple(flow.between(first, second))))
+    return tuple(found)
 
 
 def entry_pairs(flow: Flow) -> Iterator[Pair]:

@@ -24,7 +24,10 @@ _caches: list[Any] = []
 
 
 def remembered(function: Remembered) -> Remembered:
-    """Called again with the very same tags, the function returns the very same result: blocks of one form are traced once."""
+    """Called again with equal arguments, the very same tags among them, the function returns the very same result.
+
+    Blocks of one form are traced once. What is remembered is forgotten when `tracing` ends.
+    """
     cached: Any = functools.lru_cache(maxsize=512)(function)
     _caches.append(cached)
     return cached  # type: ignore[no-any-return]
