@@ -6,11 +6,12 @@ import copy
 import functools
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from pe_fx.api import plan, plan_of
 from pe_fx.capture import capture
@@ -59,26 +60,26 @@ class Backend:
         if unknown:
             raise PeFxError(f"option {unknown[0]!r} is unknown to the backend; choose from {', '.join(OPTIONS)}")
         weights = weights_of(gm, example_inputs)
-        tied, sites = self._tied(gm, weights, {name: options[name] for name in TRANSFORM_OPTIONS if name in options})
+        parameters = {name: weight.parameter for name, weight in weights.items()}
+        held, absent = self.ledger.sites(parameters)
+        new = self._new_sites(gm, weights, {name: options[name] for name in TRANSFORM_OPTIONS if name in options})
+        tied = self._tied(gm, weights, [*held, *new], absent)
         run = lower(tied, example_inputs, options.get("mode", mode), options.get("inductor", {}), run_passes, UUID)
-        return self._checked(run, weights, sites)
+        self.ledger.record(new, parameters)  # not before: where compilation fails, no graph holds them
+        self._report(gm, weights, [*held, *new], new)
+        return self._checked(run, weights, [*held, *new])
 
     def reset(self) -> None:
         """Called by torch.compiler.reset(): forgets every tie."""
         self.ledger.clear()
 
+    @staticmethod
     def _tied(
-        self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], options: Mapping[str, Any]
-    ) -> tuple[fx.GraphModule, list[Site]]:
-        """The graph with every tie that holds in it, and these ties."""
-        parameters = {name: weight.parameter for name, weight in weights.items()}
-        held, absent = self.ledger.sites(parameters)
-        new = self._new_sites(gm, weights, options)
-        self.ledger.record(new, parameters)
-        sites = [*held, *new]
-        self._report(gm, weights, sites, new)
+        gm: fx.GraphModule, weights: Mapping[str, GraphWeight], sites: Sequence[Site], absent: Mapping[str, nn.Parameter]
+    ) -> fx.GraphModule:
+        """The graph with these ties, some of them to sources that it does not read itself."""
         if not sites:
-            return gm, []
+            return gm
         tied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         tied.meta = gm.meta
         placeholders = {node.name: node for node in tied.graph.find_nodes(op="placeholder")}
@@ -88,9 +89,10 @@ class Backend:
             with tied.graph.inserting_before(next(node for node in tied.graph.nodes if node.op != "placeholder")):
                 nodes[name] = tied.graph.get_attr(name)
             nodes[name].meta["example_value"] = fake_like(gm, source)
-        shapes = {name: tuple(parameter.shape) for name, parameter in (parameters | absent).items()}
+        shapes = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}
+        shapes |= {name: tuple(source.shape) for name, source in absent.items()}
         rewrite_graph(tied, plan_of(sites, shapes), nodes)
-        return tied, sites
+        return tied
 
     def _new_sites(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], options: Mapping[str, Any]) -> list[Site]:
         """Sites of weights that no graph has read before; none in a model that was transformed, unless options ask for more."""
@@ -124,17 +126,18 @@ class Backend:
         targets: dict[str, set[Tie]] = {}
         for tie in ties:
             targets.setdefault(tie.target, set()).add(unnamed(tie))
-        held = {weights[name].place: frozenset(known) for name, known in targets.items()}
-        dense = [weight.place for weight in weights.values() if weight.place not in held]
-        inside = all(tie.source in weights for tie in ties)
-        own = {} if inside else {weights[name].place: id(weights[name].parameter) for name in targets}
+        places = {name: weight.place for name, weight in weights.items()}  # compiled code must not keep a model's parameters alive
+        held = {places[name]: frozenset(known) for name, known in targets.items()}
+        dense = [place for place in places.values() if place not in held]
+        inside = all(tie.source in places for tie in ties)
+        own = {} if inside else {places[name]: weakref.ref(weights[name].parameter) for name in targets}
 
         @functools.wraps(run)
         def checked(*args: Any) -> Any:
             if held and inside and not any(ledger.is_decided(args[place]) for place in held):
-                ledger.record(sites, {name: args[weight.place] for name, weight in weights.items()})
+                ledger.record(sites, {name: args[place] for name, place in places.items()})
             alike = all(ledger.ties_of(args[place]) == known for place, known in held.items())
-            fits = alike and all(id(args[place]) == key for place, key in own.items())
+            fits = alike and all(args[place] is parameter() for place, parameter in own.items())
             if not fits or any(ledger.is_target(args[place]) for place in dense):
                 raise PeFxError(
                     "Dynamo runs this graph with the weights of another model, whose ties were decided otherwise: "

@@ -65,7 +65,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
         args, kwargs = as_arguments(inputs)
         for training in (True, False):
             try:
-                with _quiet(), _rng_untouched():
+                with _quiet(), _rng_untouched(model):
                     program = torch.export.export(_Flattened(_sharing_copy(model).train(training)), args, kwargs, strict=False)
             except Exception as error:  # whatever a user's forward raises
                 errors.append(error)
@@ -141,7 +141,7 @@ def derive_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
     generator = torch.Generator().manual_seed(0)  # the caller's random state stays as it is
 
     def random_like(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(like)
+        return torch.randn(shape, generator=generator, device="cpu").to(like)
 
     configuration = getattr(model, "pretrained_cfg", None)
     if isinstance(configuration, Mapping) and "input_size" in configuration:
@@ -167,7 +167,7 @@ def derive_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
             for size in LENGTHS if isinstance(module, nn.Conv1d) else IMAGE_SIZES:
                 yield random_like(2, module.in_channels, *[size] * len(module.kernel_size))
         elif isinstance(module, nn.Embedding):
-            yield torch.randint(module.num_embeddings, (2, 16), generator=generator).to(like.device)
+            yield torch.randint(module.num_embeddings, (2, 16), generator=generator, device="cpu").to(like.device)
         else:
             continue
         return
@@ -375,17 +375,24 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _rng_untouched() -> Iterator[None]:
+def _rng_untouched(model: nn.Module) -> Iterator[None]:
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     try:
-        with torch.random.fork_rng():
+        with rng_restored(model):
             yield
     finally:
         random.setstate(python_state)
         if numpy:
             numpy.random.set_state(numpy_state)
+
+
+def rng_restored(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Restores afterwards the random state of the CPU and of the devices that the model is on, and wakes no others."""
+    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+    kind = next((device.type for device in devices), "cuda")
+    return torch.random.fork_rng([device.index for device in devices], device_type=kind)
 
 
 def first_line(error: Exception) -> str:

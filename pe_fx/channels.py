@@ -35,11 +35,16 @@ def remembered(function: Remembered) -> Remembered:
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """Tags are small tensors: on a busy machine threads spend ten times as long waiting for one another."""
+    """Tags are small tensors on the CPU, whatever the default device.
+
+    On a busy machine threads spend ten times as long waiting for one another.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    elsewhere = torch.get_default_device().type != "cpu"
     try:
-        yield
+        with torch.device("cpu") if elsewhere else contextlib.nullcontext():  # this mode costs time in every call
+            yield
     finally:
         torch.set_num_threads(threads)
         for cached in _caches:

@@ -73,7 +73,8 @@ def lower(
     """AOTAutograd and Inductor, with `joint_pass` run on the joint graph of forward and backward."""
     patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     patches |= config
-    patches["joint_custom_pre_pass"] = _JointPass(joint_pass, uuid, patches.get("joint_custom_pre_pass"))
+    users = patches.get("joint_custom_pre_pass", torch._inductor.config.joint_custom_pre_pass)
+    patches["joint_custom_pre_pass"] = _JointPass(joint_pass, uuid, users)
     compiled: Callable[..., Any] = torch._inductor.compile(gm, list(example_inputs), options=patches)
     return compiled
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from models import MODELS, gpt2
 from oracle import assert_equals_twin, linear
 from torch import Tensor, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import checkpoint
 
 import pe_fx
@@ -417,6 +418,39 @@ def test_the_ledger_keeps_no_weight_alive() -> None:
     del fc1, fc2
     gc.collect()
     assert [reference() for reference in alive] == [None, None]
+
+
+def test_compiled_code_keeps_no_model_alive(unlowered: list[str]) -> None:
+    model = mlp()
+    run = compiled(model)
+    run(X)
+    assert len(pending(model).ties) == 1
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model, run
+    gc.collect()
+    assert all(weight() is None for weight in weights)
+
+
+def test_a_compilation_that_fails_decides_nothing() -> None:
+    model = mlp()
+    with pytest.raises(Exception, match="no_such_entry"):
+        compiled(model, inductor={"no_such_entry": 1})(X)
+    assert not pending(model).ties
+
+
+def test_a_pass_of_the_inductor_configuration_still_runs() -> None:
+    seen: list[int] = []
+
+    class Count(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            seen.append(len(graph.nodes))
+
+        def uuid(self) -> Any:
+            return None
+
+    with torch._inductor.config.patch(joint_custom_pre_pass=Count()):
+        compiled(mlp())(X)
+    assert seen
 
 
 def test_weights_of_another_model_are_not_decided(unlowered: list[str]) -> None:

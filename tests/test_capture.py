@@ -503,3 +503,16 @@ def test_labels() -> None:
     assert captured.shapes()["fc1.weight"] == (16, 8)
     assert len(captured.inputs) == 1
     assert not captured.inputs & set(captured.weights)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_default_device_changes_nothing(device: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    with torch.device(device):
+        assert [str(tie) for tie in pe_fx.plan(model).ties] == ["2.weight ← 0.weightᵀ"]
+
+
+def test_a_model_on_the_default_device() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        assert sorted(pe_fx.transform(model).state_dict()) == ["0.bias", "0.weight", "2.bias"]
