@@ -1,8 +1,12 @@
-"""Adapters of PEFT on tied models: `import pe_fx.peft`, and a merge that would be wrong is an error."""
+"""Adapters of PEFT on tied models: `import pe_fx.peft`, and what would cut a tie, or merge into both uses of one W, is an error."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
 
 from pe_fx.errors import PeFxError
 from pe_fx.tied import Tied
@@ -23,9 +27,7 @@ def check_merge(tuner: BaseTuner) -> None:
     An adapter changes one use of a matrix W; merged, it would change W for the other use, too. Training is not affected: the
     adapter is added to one use alone. Not seen is `layer.merge()`, called on one layer by hand.
     """
-    tied = [module for module in tuner.model.modules() if isinstance(module, Tied)]
-    shared = {id(module) for module in tied}
-    shared |= {id(source) for module in tied for weight in module.tied_weights.values() for source, _ in weight.sources}
+    shared = _in_ties(tuner.model)
     for name, layer in tuner.model.named_modules():
         if isinstance(layer, BaseTunerLayer) and id(layer.get_base_layer()) in shared:
             raise PeFxError(
@@ -34,7 +36,31 @@ def check_merge(tuner: BaseTuner) -> None:
             )
 
 
+def check_copies(model: nn.Module) -> None:
+    """Raises `PeFxError` where PEFT trains a copy of a module (`modules_to_save`) whose weight is one of a tie: the other stays behind.
+
+    >>> check_copies(nn.Linear(2, 2))
+    """
+    shared = _in_ties(model)
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and any(id(inner) in shared for inner in wrapper.original_module.modules()):
+            raise PeFxError(
+                f"{name} is in modules_to_save, and its weight in a tie: the copy that is trained would not be tied. "
+                "Leave it out, or take pe_fx.untie(model)"
+            )
+
+
+def _in_ties(model: nn.Module) -> set[int]:
+    """The modules that hold a tied weight or the source of one."""
+    tied = [module for module in model.modules() if isinstance(module, Tied)]
+    sources = {id(source) for module in tied for weight in module.tied_weights.values() for source, _ in weight.sources}
+    return sources | {id(module) for module in tied}
+
+
 _check_merge_allowed = BaseTuner._check_merge_allowed
+
+
+_inject_adapter = BaseTuner.inject_adapter
 
 
 def _checked(self: BaseTuner) -> None:
@@ -42,4 +68,10 @@ def _checked(self: BaseTuner) -> None:
     _check_merge_allowed(self)
 
 
+def _injected(self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    _inject_adapter(self, model, *args, **kwargs)
+    check_copies(model)
+
+
 BaseTuner._check_merge_allowed = _checked
+BaseTuner.inject_adapter = _injected

@@ -231,6 +231,15 @@ def test_lora_trains_beside_a_frozen_tied_matrix() -> None:
     assert same(model.unload(), base)
 
 
+@pytest.mark.parametrize("saved", ["0", "2"])
+def test_a_copy_of_one_side_of_a_tie_is_refused(saved: str) -> None:
+    model = pe_fx.transform(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.Linear(4, 4)), torch.randn(2, 4))
+    config = peft.LoraConfig(r=2, target_modules=["3"], modules_to_save=[saved])
+    with pytest.raises(PeFxError, match=f"{saved} is in modules_to_save.*untie"):
+        peft.get_peft_model(copy.deepcopy(model), config)
+    assert peft.get_peft_model(pe_fx.untie(model), config)(torch.randn(2, 4)).shape == (2, 4)
+
+
 @pytest.mark.parametrize("safe", [False, True])
 def test_lora_of_a_tied_model_is_merged_into_its_dense_twin(safe: bool) -> None:
     model = adapted(tied(mlp), "0", "2", "4")
