@@ -38,9 +38,10 @@ class Attention:
             for part in roles.parts:
                 partners.setdefault(part.op, set()).add(roles.names)
         seen: set[tuple[str, ...]] = set()
+        claimed = set(flow.claimed)  # by other rules: attentions may share keys and values
         for core, roles in found:
             names = roles.names if roles.is_known else _makers(flow, core)
-            if names in seen or any(name in flow.claimed for name in names):
+            if names in seen or not claimed.isdisjoint(names):
                 continue
             seen.add(names)
             if roles.is_known:
@@ -196,6 +197,8 @@ def _output(flow: Flow, core: Core, v: Part | None) -> Part | None:
     if v is None:
         return None
     for op in flow.inevitable(core.mix):
+        if op.kind in (Kind.REDUCE, Kind.POOL):
+            return None
         if not op.is_projection:
             continue
         if op.weight is None or not op.weight.is_matrix:

@@ -172,6 +172,8 @@ def _obstacle(flow: Flow, unit: _Unit, partners: dict[Op, set[tuple[str, ...]]])
     tags = unit.up.state.tags.expand(unit.product.shape)
     end = arriving(flow.trace(unit.product, unit.last, tags=tags), unit.last)
     arrived = channels_along(end.tags, unit.last.in_axis)
+    if unit.up.state.blended or end.blended:
+        return f"the hidden channels of {up.name} are combined with one another before {down.name}"
     if arrived != unit.up.channels:
         return f"the hidden channels of {up.name} reach {down.name} in another order"
     for weight in weights:

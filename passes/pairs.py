@@ -131,6 +131,8 @@ def _channel_obstacle(pair: Pair, state: Channels) -> str | None:
         return f"{second.name} works on another axis than the one that {first.name} makes, or a reshape between them mixes it"
     arrived = channels_along(state.tags, pair.second.in_axis)
     straight = arrived == tuple(range(first.outputs)) and first.is_straight and second.is_straight
+    if state.blended:
+        return f"the hidden channels of {first.name} are combined with one another before {second.name}"
     if not straight and not (state.mixed and arrived is not None and len(set(arrived)) == second.inputs):
         return f"the hidden channels of {first.name} reach {second.name} in another order"
     return None
@@ -141,7 +143,7 @@ def misuse(flow: Flow, weight: Weight) -> str | None:
     if weight.opaque:
         return f"{weight.name} is applied through {weight.opaque}, not as it is: if it is parametrized, remove the parametrization first"
     for reader in flow.readers[weight.name]:
-        if reader.weight is None or reader.weight.name != weight.name:
+        if reader.weight is None or reader.weight.name != weight.name or reader.parameters.count(weight.name) > 1:
             return f"{weight.name} is read by {reader.name} too ({reader.node.name})"
     return None
 

@@ -12,15 +12,17 @@ import operator
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from pe_fx.errors import CaptureError
-from pe_fx.ops import COPIES, GATHERS, base_name
+from pe_fx.ops import COPIES, GATHERS, base_name, is_in_place, keeps_order, may_alias
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +182,7 @@ def inline_regions(gm: fx.GraphModule) -> fx.Graph:
     result = _copy_into(graph, gm, values)
     graph.output(result)
     _spell_out_glu(graph)
+    _spell_out_writes(graph)
     return graph
 
 
@@ -202,6 +205,71 @@ def _spell_out_glu(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def overwritten(value: Any, by: Any) -> Any:
+    """Stands in a captured graph for what a value holds after an operation wrote to a part of it, or to it in another shape."""
+    raise NotImplementedError
+
+
+def _spell_out_writes(graph: fx.Graph) -> None:
+    """After a write in place, whoever reads the rest of that memory under another name reads `overwritten`.
+
+    Who reads the very value that was written reads the operation's result: `flow.live_operands` sees to that.
+    """
+    order: dict[fx.Node, float] = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(order):
+        if not (node.op.startswith("call") and is_in_place(node) and isinstance(node.args[0], fx.Node)):
+            continue
+        chain = [node.args[0]]
+        while may_alias(chain[-1]) and isinstance(chain[-1].args[0], fx.Node):
+            chain.append(chain[-1].args[0])
+        same = {value for value in chain if written_whole(value, node)}
+        stale = set(chain) - same
+        if chain[-1] in same:  # all of it was written, and all that was made of it before
+            stale |= {value for value in _aliases(chain[-1]) if order[value] < order[node]} - set(chain)
+        for value in stale:
+            readers = [user for user in value.users if order[user] > order[node]]
+            if not readers or not isinstance(value_of(value), Tensor):
+                continue
+            with graph.inserting_after(node):
+                if value in chain and written_whole(value, node, reshaped=True):
+                    new = graph.call_function(torch.reshape, (node, tuple(value_of(value).shape)))
+                else:
+                    new = graph.call_function(overwritten, (value, node))
+            new.meta["val"] = value_of(value)
+            order[new] = order[node] + 0.5
+            for reader in readers:
+                reader.replace_input_with(value, new)
+
+
+def written_whole(value: fx.Node, by: fx.Node, reshaped: bool = False) -> bool:
+    """Whether an operation in place wrote all of `value`, which its first operand is or is made of, in the same shape (or any)."""
+    current = by.args[0]
+    while current is not value and isinstance(current, fx.Node) and keeps_order(current):
+        current = current.args[0]
+    old, new = value_of(value), value_of(by)
+    if current is not value or not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        return current is value
+    return old.numel() == new.numel() if reshaped else old.shape == new.shape
+
+
+def memory_of(value: fx.Node) -> fx.Node:
+    """The value in whose memory another lies."""
+    while may_alias(value) and isinstance(value.args[0], fx.Node):
+        value = value.args[0]
+    return value
+
+
+def _aliases(value: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [value]
+    while stack:
+        for user in stack.pop().users:
+            if may_alias(user) and user.args[0] in (value, *found) and user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
 def _copy_into(graph: fx.Graph, gm: fx.GraphModule, values: dict[fx.Node, Any]) -> Any:
     for node in gm.graph.nodes:
         if node.op == "output":
@@ -222,9 +290,16 @@ def _copy_into(graph: fx.Graph, gm: fx.GraphModule, values: dict[fx.Node, Any]) 
     raise CaptureError("a graph without an output node")
 
 
+_REGIONS = (
+    *("wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph"),
+    *("tag_activation_checkpoint", "wrap_activation_checkpoint"),
+)
+"""Operators that call their subgraph once and as it is."""
+
+
 def _region(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, list[Any]] | None:
     """The body and its operands, where `node` calls exactly one subgraph exactly once."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or str(node.target) not in _REGIONS:
         return None
     bodies = [
         (i, getattr(gm, str(a.target)))
@@ -323,19 +398,24 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         seen.add(id(value))
         if isinstance(value, Mapping):
             children = list(value.values())
-        elif isinstance(value, (list, tuple, set)):
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
             children = list(value)
         else:
-            children = list(getattr(value, "__dict__", {}).values())
+            slots = [name for cls in type(value).__mro__ for name in _names(getattr(cls, "__slots__", ()))]
+            children = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
         for child in children:
             yield from _tensors(child, seen)
+
+
+def _names(slots: str | Iterable[str]) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree that holds the very tensors of the original."""
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
+        tensors += [value for value in pytree.tree_leaves(dict(vars(module))) if isinstance(value, Tensor)]
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for module in copied.modules():
         module._apply = functools.partial(_convert, module)  # type: ignore[method-assign]

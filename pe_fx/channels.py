@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from pe_fx.capture import value_of
 from pe_fx.operation import Op, factors, is_floating, number, product_labels, shape_of
-from pe_fx.ops import Kind
+from pe_fx.ops import Kind, writes
 from pe_fx.ties import Shape
 
 Remembered = TypeVar("Remembered", bound=Callable[..., Any])
@@ -60,6 +60,7 @@ class Channels:
     `lost` then says by what.
     `uniform`: one number for all channels (their mean, their norm), and so the same along them wherever it is broadcast.
     `activations` counts the nonlinearities passed. `mixed`: a convolution over channels was passed, since which the tags are its own.
+    `blended`: channels were combined with others of the origin, as in x + x.flip(-1); the tags name one of each.
     """
 
     tags: Any
@@ -67,6 +68,7 @@ class Channels:
     mixed: bool = False
     uniform: bool = False
     lost: str = ""
+    blended: bool = False
 
 
 def arriving(states: dict[Op, Channels], op: Op) -> Channels:
@@ -155,7 +157,8 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
     carrying = [state for state in known if state.tags is not None and not state.uniform]
     activations = max((state.activations for state in carrying), default=0)
     mixed = any(state.mixed for state in known)
-    keep = functools.partial(Channels, activations=activations, mixed=mixed, uniform=not carrying)
+    blended = any(state.blended for state in carrying)
+    keep = functools.partial(Channels, activations=activations, mixed=mixed, uniform=not carrying, blended=blended)
     lost = functools.partial(Channels, None)
     if not known:
         return lost(lost="nothing of it")
@@ -163,11 +166,13 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
         return known[0]
     if op in carriers and op.kind in (Kind.MATMUL, Kind.ATTEND):
         tags = _carried(op, states)
-        return lost(lost=f"the product {op.node.name}") if tags is None else Channels(tags, activations + 1, mixed)
+        return lost(lost=f"the product {op.node.name}") if tags is None else Channels(tags, activations + 1, mixed, blended=blended)
     if op.name in ("pad", "constant_pad_nd") and isinstance(known[0].tags, Tensor):
-        tags = _resampled(known[0].tags, op.shape)  # padding that widens other axes belongs to the channels it pads
-        if tags is not None:
-            return keep(tags)
+        if _padded_axes(op).isdisjoint(varying_axes(known[0].tags)):  # padding that widens other axes belongs to the channels it pads
+            tags = _resampled(known[0].tags, op.shape)
+            return lost(lost=op.name) if tags is None else keep(tags)
+        if any(isinstance(fill, (int, float)) and fill for fill in (*op.node.args[2:], op.node.kwargs.get("value"))):
+            return lost(lost=f"{op.name} of channels")
     if op.kind is Kind.VIEW:
         if any(state.tags is None for state in known):
             return next(state for state in known if state.tags is None)
@@ -179,14 +184,18 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
     if first.tags is None or not isinstance(first.tags, Tensor):
         return lost(lost=first.lost or op.name)
     if op.kind is Kind.NORM:
-        return keep(first.tags) if first.tags.shape == op.shape else lost(lost=op.name)
+        is_normalised = op.operands[0] in states  # or else it is the scale
+        return keep(first.tags) if is_normalised and first.tags.shape == op.shape else lost(lost=op.name)
     if (op.kind is Kind.POOL or op.is_depthwise) and not _pooled_axes(op).isdisjoint(varying_axes(first.tags)):
         return lost(lost=f"{op.name} over the hidden axis")
     if op.kind is Kind.POOL or op.is_depthwise:
         tags = _resampled(first.tags, op.shape)
         return lost(lost=f"{op.name} over another axis") if tags is None else keep(tags)
     if op.kind is Kind.REDUCE:
-        tags = _reduced(op, first.tags)
+        if isinstance(value := value_of(op.node), (tuple, list)):  # the largest and where it is
+            tags = _reduced(op, first.tags, shape_of(value[0]))
+            return lost(lost=f"{op.name} over channels") if tags is None else keep((tags, nothing_in(shape_of(value[0]))))
+        tags = _reduced(op, first.tags, op.shape)
         if tags is None and isinstance(value_of(op.node), Tensor):
             return Channels(nothing_in(op.shape), uniform=True, lost=f"{op.name} over channels")
         return lost(lost=f"{op.name} over channels") if tags is None else keep(tags)
@@ -204,7 +213,7 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
 
 
 def _elementwise(op: Op, states: dict[Op, Channels], activations: int, mixed: bool, loosely: bool) -> Channels:
-    tagged: list[tuple[Tensor, Channels]] = []
+    tagged: dict[Op, tuple[Tensor, Channels]] = {}
     others: list[Op] = []
     for source in op.inputs:
         state = states.get(source)
@@ -213,34 +222,40 @@ def _elementwise(op: Op, states: dict[Op, Channels], activations: int, mixed: bo
         elif not isinstance(state.tags, Tensor):
             return Channels(None, lost=op.name)
         elif not state.uniform:
-            tagged.append((state.tags, state))
+            tagged[source] = (state.tags, state)
     if not tagged:
         known = [states[source] for source in op.inputs if source in states]
         uniform = next((state for state in known if state.tags is not None), known[0])
         return Channels(nothing_in(op.shape), uniform=not others, lost=uniform.lost)
     try:
-        wide = [(tags if tags.shape == op.shape else tags.expand(op.shape), state) for tags, state in tagged]
+        wide = [(tags if tags.shape == op.shape else tags.expand(op.shape), state) for tags, state in tagged.values()]
     except RuntimeError:
         return Channels(None, lost=op.name)
     best, kept = wide[0]
-    if len(wide) > 1 and not all(tags is tagged[0][0] for tags, _ in tagged):
+    blended = any(state.blended for _, state in wide)
+    if len(wide) > 1 and not all(tags is best for tags, _ in wide):
         axes = [varying_axes(tags) for tags, _ in wide]
         full = max(axes, key=len)
         aligned = [(tags, state) for (tags, state), own in zip(wide, axes, strict=True) if own == full]
         if any(own and own != full for own in axes):
             return Channels(None, lost=f"{op.name}, which combines channels in different orders")
         best, kept = next(((tags, state) for tags, state in aligned if not state.mixed), aligned[0])
-    if op.kind in (Kind.NONLINEAR, Kind.SOFTMAX):
-        return Channels(best, activations + 1, mixed)
+        blended = blended or any(not (tags is best or state.mixed or torch.equal(tags, best)) for tags, state in aligned)
+    chosen_by = op.operands[0] if op.name == "where" else None
+    if op.kind is Kind.SOFTMAX or (op.kind is Kind.NONLINEAR and (op.name != "where" or chosen_by in states)):
+        return Channels(best, activations + 1, mixed, blended=blended)
+    product = op.kind is Kind.PRODUCT
+    multiplied = op.operands[1:] if op.name in ("addcmul", "addcdiv") else op.operands  # the first is a summand there
     harmful = [source for source in others if not _constant_along(source.shape, best)] if others else []
-    if op.kind is Kind.PRODUCT:
-        factors_ = sum(not _constant_along(tuple(tags.shape), best) for tags, _ in tagged)
-        inside = any(source in states for source in harmful)
-        return Channels(best, activations + (factors_ > 1 or inside), mixed)
-    if harmful and not loosely:
-        why = next((states[source].lost for source in harmful if source in states), "")
+    added = [source for source in harmful if not product or source not in multiplied]
+    if added and not loosely:
+        why = next((states[source].lost for source in added if source in states), "")
         return Channels(None, lost=why or f"{op.name} with a value from elsewhere")
-    return Channels(best, activations, kept.mixed and mixed)
+    if product:
+        factors_ = sum(source in tagged and not _constant_along(tuple(tagged[source][0].shape), best) for source in multiplied if source)
+        inside = any(source in states for source in harmful)
+        return Channels(best, activations + (factors_ > 1 or inside), mixed, blended=blended)
+    return Channels(best, activations, kept.mixed and mixed, blended=blended)
 
 
 def _constant_along(shape: Shape, tags: Tensor) -> bool:
@@ -276,6 +291,8 @@ def moved(op: Op, states: dict[Op, Channels]) -> Any:
 
 @remembered
 def _viewed(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if writes(target):  # to the shape of its operand, which others share
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tags: tags.view_as(tags), (args, kwargs))
     for copied in (False, True):  # a view that expanded tags refuse may need a copy
         if copied:
             args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
@@ -324,6 +341,12 @@ def _carried(op: Op, states: dict[Op, Channels]) -> Tensor | None:
     return None
 
 
+def _padded_axes(op: Op) -> set[int]:
+    """The axes that padding widens or narrows; its amounts are given from the last axis on."""
+    amounts: Any = op.node.args[1]
+    return {len(op.shape) - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0}
+
+
 def _pooled_axes(op: Op) -> set[int]:
     """The axes over which a pooling or depthwise convolution looks: the last ones, as many as its name says."""
     rank = len(op.shape)
@@ -345,8 +368,9 @@ def _resampled(tags: Tensor, shape: Shape) -> Tensor | None:
     return tags.expand(shape)
 
 
-def _reduced(op: Op, tags: Tensor) -> Tensor | None:
-    dims = op.node.kwargs.get("dim", op.node.args[1] if len(op.node.args) > 1 else None)
+def _reduced(op: Op, tags: Tensor, shape: Shape) -> Tensor | None:
+    place = 2 if "norm" in op.name else 1
+    dims = op.node.kwargs.get("dim", op.node.args[place] if len(op.node.args) > place else None)
     if isinstance(dims, int):
         dims = (dims,)
     if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
@@ -354,10 +378,10 @@ def _reduced(op: Op, tags: Tensor) -> Tensor | None:
     axes = {int(dim) % tags.dim() for dim in dims}  # type: ignore[arg-type]
     if not axes.isdisjoint(varying_axes(tags)):
         return None
-    keepdim = len(op.shape) == tags.dim()
+    keepdim = len(shape) == tags.dim()
     for axis in sorted(axes, reverse=True):
         tags = tags.narrow(axis, 0, 1) if keepdim else tags.select(axis, 0)
-    return tags if tuple(tags.shape) == op.shape else None
+    return tags if tuple(tags.shape) == shape else None
 
 
 def _lazy(tags: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any
 import networkx as nx
 from torch import Tensor, fx
 
-from pe_fx.capture import Captured, value_of
+from pe_fx.capture import Captured, memory_of, value_of, written_whole
 from pe_fx.channels import Channels, numbered, transfer
 from pe_fx.operation import Op, is_floating, is_tensor, shape_of
-from pe_fx.ops import GATHERS, KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place, is_pure_move
+from pe_fx.ops import GATHERS, KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place
 from pe_fx.weights import Static, attach_weight
 
 Test = Callable[[Op], bool]
@@ -44,22 +44,24 @@ class Flow:
 
     def _build(self, captured: Captured) -> None:
         static = Static(captured)
-        resolved = live_operands(captured.graph)
+        resolved = live_operands(captured.graph, effects=True)
         output = next(iter(captured.graph.find_nodes(op="output")))
         reached = set(captured.inputs)
+        chosen_by: list[Op] = []
         for node, operands in resolved.items():
             if not reached.isdisjoint(operands):
                 reached.add(node)
             if node is output or not self._is_value(node, operands, captured, reached):
+                if base_name(node) in GATHERS:  # a value that chooses rows of a table is read there
+                    chosen_by += [self._of_node[operand] for operand in operands if operand in self._of_node]
                 continue
             op = self._op(node, operands, static)
             self.ops.append(op)
             self._of_node[node] = op
-            read = (name for operand in operands if operand not in self._of_node for name in static.parameters(operand))
-            op.parameters = tuple(dict.fromkeys(read))
-            for name in op.parameters:
+            op.parameters = tuple(name for operand in operands if operand not in self._of_node for name in static.parameters(operand))
+            for name in dict.fromkeys(op.parameters):
                 self.readers.setdefault(name, []).append(op)
-        self.results = [self._of_node[node] for node in resolved[output] if node in self._of_node]
+        self.results = [self._of_node[node] for node in resolved[output] if node in self._of_node] + chosen_by
         returned = Op(len(self.ops), output, "the output", Kind.OTHER, (), ())
         for node in resolved[output]:
             for name in static.parameters(node) if node not in self._of_node else ():
@@ -85,8 +87,12 @@ class Flow:
         name = base_name(node) if node.op.startswith("call") else ""
         kind = KINDS.get(name, Kind.OTHER) if name else Kind.INPUT
         values = tuple(self._of_node.get(operand) for operand in operands)
-        if name in SHAPE_OF_SECOND or kind is Kind.NORM:  # a norm's other operands are its statistics and scales
+        if name in SHAPE_OF_SECOND:
             values = (values[0], *[None] * (len(values) - 1))
+        if kind is Kind.NORM:  # its statistics and scales are values where they are computed
+            values = (values[0], *[None if value is None or value.kind is Kind.INPUT else value for value in values[1:]])
+        if name == "copy":  # of what was written to, nothing is left
+            values = values[1:2]
         if kind is Kind.PRODUCT and sum(value is not None for value in values) == 1:
             kind = Kind.POINTWISE  # a scale
         if kind is Kind.REDUCE and name in ("max", "min") and len(operands) == 2:
@@ -224,8 +230,10 @@ def source_along(op: Op, through: Collection[Kind]) -> Op | None:
     return source
 
 
-def live_operands(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def live_operands(graph: fx.Graph, effects: bool = False) -> dict[fx.Node, list[fx.Node]]:
     """Every node that the output depends on, in order, with the nodes that it reads, each as last written in place.
+
+    `effects`: what is written into a buffer or an input counts as an output, too.
 
     >>> graph = fx.symbolic_trace(lambda x: (x.add_(1), x.cos(), x)[2]).graph
     >>> {node.name: [operand.name for operand in operands] for node, operands in live_operands(graph).items()}
@@ -233,11 +241,16 @@ def live_operands(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """
     latest: dict[fx.Node, fx.Node] = {}
     resolved: dict[fx.Node, list[fx.Node]] = {}
+    written: list[fx.Node] = []
     for node in graph.nodes:
         resolved[node] = _in_order(node, latest)
         if node.op.startswith("call") and is_in_place(node) and isinstance(node.args[0], fx.Node):
             _rename_written(node, latest)
-    live = _ancestors(next(iter(graph.find_nodes(op="output"))), resolved)
+            if effects and not memory_of(node.args[0]).op.startswith("call"):
+                written.append(node)
+    output = next(iter(graph.find_nodes(op="output")))
+    resolved[output] += [node for node in written if node not in resolved[output]]
+    live = _ancestors(output, resolved)
     return {node: operands for node, operands in resolved.items() if node in live}
 
 
@@ -259,10 +272,9 @@ def _in_order(node: fx.Node, latest: dict[fx.Node, fx.Node]) -> list[fx.Node]:
 def _rename_written(node: fx.Node, latest: dict[fx.Node, fx.Node]) -> None:
     """From here on, who reads what an in-place operation wrote to reads its result."""
     written: Any = node.args[0]
-    while isinstance(written, fx.Node):
+    while isinstance(written, fx.Node) and written_whole(written, node):
         latest[written] = node
-        moves = written.op.startswith("call") and is_pure_move(written)
-        written = written.args[0] if moves else None
+        written = next(iter(written.args), None)
 
 
 def _ancestors(node: fx.Node, operands: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:

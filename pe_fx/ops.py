@@ -37,7 +37,7 @@ class Kind(enum.Enum):
 
 _NAMES: dict[Kind, str] = {
     Kind.CONSTANT: """
-        arange bernoulli empty empty_like eye full full_like linspace new_empty new_full new_ones new_zeros ones ones_like
+        arange empty empty_like eye full full_like linspace new_empty new_full new_ones new_zeros ones ones_like
         rand rand_like randint randn randn_like scalar_tensor size sym_size tensor zeros zeros_like tril_indices triu_indices
     """,
     Kind.PROJECTION: "linear addmm grouped_mm scaled_grouped_mm grouped_mm_fallback",
@@ -49,18 +49,18 @@ _NAMES: dict[Kind, str] = {
         view reshape flatten unflatten permute transpose t numpy_t mt movedim moveaxis swapaxes swapdims squeeze unsqueeze expand
         expand_as view_as reshape_as unbind split split_with_sizes chunk tensor_split select slice narrow getitem cat concat stack
         hstack vstack roll flip repeat repeat_interleave tile pad constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle
-        unfold im2col broadcast_to atleast_2d atleast_3d rot90 unsafe_view unsafe_split adjoint diagonal as_strided index index_select
+        unfold im2col broadcast_to atleast_2d atleast_3d rot90 unsafe_view unsafe_split adjoint diagonal index index_select
         complex view_as_complex view_as_real real imag
     """,
     Kind.POINTWISE: """
         add sub rsub neg negative dropout native_dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d
         dropout3d contiguous clone alias detach to to_copy type type_as float half bfloat16 double lift_fresh lift_fresh_copy
-        positive masked_fill add_relu iadd isub copy conj resolve_conj
+        positive masked_fill add_relu iadd isub copy conj resolve_conj nan_to_num
     """,
     Kind.NONLINEAR: """
         relu relu6 gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus prelu rrelu
         softsign tanhshrink softshrink hardshrink logsigmoid log_sigmoid threshold exp exp2 log log1p log2 expm1 sqrt rsqrt square
-        pow ipow abs sign sin cos erf reciprocal clamp clamp_min clamp_max clip maximum minimum floor round where nan_to_num
+        pow ipow abs sign sin cos erf reciprocal clamp clamp_min clamp_max clip maximum minimum floor round where bernoulli
         gt ge lt le eq ne logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not isnan isinf isfinite
     """,
     Kind.PRODUCT: "mul multiply div divide true_divide truediv imul itruediv addcmul addcdiv",
@@ -108,11 +108,12 @@ def _base_name(target: Any) -> str:
 
 def is_in_place(node: fx.Node) -> bool:
     """Whether the operation writes its result into its first operand."""
-    return node.kwargs.get("inplace") is True or _is_in_place(node.target)
+    return node.kwargs.get("inplace") is True or writes(node.target)
 
 
 @functools.cache
-def _is_in_place(target: Any) -> bool:
+def writes(target: Any) -> bool:
+    """Whether a function or tensor method writes its result into its first operand."""
     if isinstance(target, torch._ops.OpOverload):
         arguments = target._schema.arguments
         alias = arguments[0].alias_info if arguments else None
@@ -121,16 +122,21 @@ def _is_in_place(target: Any) -> bool:
     return name in ("iadd", "isub", "imul", "itruediv", "setitem") or (name.endswith("_") and not name.endswith("__"))
 
 
-def is_pure_move(node: fx.Node) -> bool:
-    """Whether the operation's result lies in its operand's memory, so that writing to one writes to both."""
-    return KINDS.get(base_name(node)) is Kind.VIEW and base_name(node) not in (
-        "cat",
-        "concat",
-        "stack",
-        "roll",
-        "pad",
-        "constant_pad_nd",
-        "repeat",
-        "complex",
-        *GATHERS,
-    )
+_SAME_ORDER = "view unflatten squeeze unsqueeze view_as unsafe_view alias detach"
+_OTHER_ALIASES = """
+    reshape reshape_as flatten contiguous permute transpose t numpy_t mt movedim moveaxis swapaxes swapdims expand expand_as unbind split
+    split_with_sizes chunk tensor_split select slice narrow getitem unfold broadcast_to atleast_2d atleast_3d unsafe_split adjoint
+    diagonal as_strided view_as_complex view_as_real real imag
+"""
+_KEEPING = frozenset(_SAME_ORDER.split())
+_ALIASES = _KEEPING.union(_OTHER_ALIASES.split())
+
+
+def may_alias(node: fx.Node) -> bool:
+    """Whether the result may lie in its operand's memory, so that writing to one writes to the other."""
+    return node.op.startswith("call") and base_name(node) in _ALIASES
+
+
+def keeps_order(node: fx.Node) -> bool:
+    """Whether the result lies in its operand's memory, with the same entries in the same order unless there are fewer."""
+    return node.op.startswith("call") and base_name(node) in _KEEPING

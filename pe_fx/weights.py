@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from pe_fx.capture import Captured, value_of
 from pe_fx.channels import Channels, channels_along, channels_in, moved, numbered, varying_axes
-from pe_fx.operation import Op, Weight, factors, is_floating, product_labels, shape_of
+from pe_fx.operation import Op, Weight, factors, is_floating, is_tensor, product_labels, shape_of
 from pe_fx.ops import KINDS, Kind, base_name
 from pe_fx.ties import Block, Shape
 
@@ -210,15 +210,43 @@ def _from_positions(
 
 
 def _stranger(node: fx.Node, parameter: fx.Node, static: Static) -> str:
-    """The first operation between `parameter` and `node` that does more than standardise, by name: it may not reorder entries."""
+    """The first operation between `parameter` and `node` that does more than standardise, by name.
+
+    It may neither reorder entries nor leave some out, and what it scales or shifts by must be the same for a row or for all.
+    """
+    if not _reaches_entrywise(node, parameter):
+        return "a mean of it"
     seen, stack = {node}, [node]
     while stack:
         current = stack.pop()
         name = base_name(current) if current.op.startswith("call") else ""
-        if name and KINDS.get(name) not in _STATIC_KINDS and name not in _RESHAPES:
+        kind = KINDS.get(name)
+        if name and ((kind not in _STATIC_KINDS and name not in _RESHAPES) or name == "where"):
             return name
         for operand in current.all_input_nodes:
-            if operand not in seen and parameter in static.sources(operand) and operand is not parameter:
+            sources = static.sources(operand)
+            if kind in (Kind.PRODUCT, Kind.POINTWISE) and parameter not in sources and _varies_by_entry(operand, parameter):
+                return name
+            if operand not in seen and sources and operand is not parameter:
                 seen.add(operand)
                 stack.append(operand)
     return ""
+
+
+def _reaches_entrywise(node: fx.Node, parameter: fx.Node) -> bool:
+    """Whether a way leads from each entry of the parameter to `node`, past no reduction."""
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        if current is parameter:
+            return True
+        if current.op.startswith("call") and KINDS.get(base_name(current)) is not Kind.REDUCE:
+            fresh = [operand for operand in current.all_input_nodes if operand not in seen]
+            seen.update(fresh)
+            stack += fresh
+    return False
+
+
+def _varies_by_entry(operand: fx.Node, parameter: fx.Node) -> bool:
+    """Whether a value has as many entries as the parameter: a mask, or what is added to each of them."""
+    return is_tensor(value_of(operand)) and math.prod(shape_of(value_of(operand))) >= math.prod(shape_of(value_of(parameter))) > 1
