@@ -209,6 +209,8 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
         return lost(lost=op.name) if tags is None else keep(tags)
     if op.is_projection:
         return lost(lost=f"{op.weight.name}" if op.weight else "an unnamed weight")
+    if op.name == "overwritten":
+        return lost(lost="a write in place to a part of it")
     return lost(lost=f"{op.name or op.node.name}, an operation that pe_fx does not follow")
 
 
