@@ -21,6 +21,9 @@ _ONE_VALUE = {Kind.VIEW, Kind.NONLINEAR, Kind.NORM}
 _SCORES = {Kind.VIEW, Kind.POINTWISE, Kind.PRODUCT, Kind.NONLINEAR, Kind.NORM}
 
 
+Use = tuple[str, Block, str]
+
+
 @dataclass(frozen=True)
 class Attention:
     """`v.weight ← k.weightᵀ` where square, `proj.weight ← q.weightᵀ` where the shapes are transposes, each by itself.
@@ -33,19 +36,20 @@ class Attention:
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
         found = [(core, _roles(flow, core)) for core in _cores(flow)]
-        partners: dict[Op, set[tuple[str, ...]]] = {}
+        uses: dict[Op, set[Use]] = {}
         for _, roles in found:
-            for part in roles.parts:
-                partners.setdefault(part.op, set()).add(roles.names)
+            for part, use in roles.uses:
+                uses.setdefault(part.op, set()).add(use)
         seen: set[tuple[str, ...]] = set()
         claimed = set(flow.claimed)  # by other rules: attentions may share keys and values
+        made: set[Tie] = set()
         for core, roles in found:
             names = roles.names if roles.is_known else _makers(flow, core)
             if names in seen or not claimed.isdisjoint(names):
                 continue
             seen.add(names)
             if roles.is_known:
-                yield from _tie(flow, self.kind, core, roles, partners)
+                yield from _tie(flow, self.kind, core, roles, uses, made)
             elif names:
                 yield Miss(self.kind, common_module(names), names, _unknown(core, names))
 
@@ -94,6 +98,13 @@ class Roles:
     @property
     def parts(self) -> list[Part]:
         return [part for part in (self.q, self.k, self.v, self.proj) if part is not None]
+
+    @property
+    def uses(self) -> list[tuple[Part, Use]]:
+        """What each part is used for: its role, its block, and for values and output projections the weight that they can be tied to."""
+        k, q = ("" if part is None else part.weight.name for part in (self.k, self.q))
+        found = [(self.q, "queries", ""), (self.k, "keys", ""), (self.v, "values", k), (self.proj, "output", q)]
+        return [(part, (role, part.block, partner)) for part, role, partner in found if part is not None]
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -220,7 +231,7 @@ def _averages_channels(flow: Flow, core: Core, v: Part) -> bool:
     return False
 
 
-def _tie(flow: Flow, kind: str, core: Core, roles: Roles, partners: dict[Op, set[tuple[str, ...]]]) -> Iterator[Site | Miss]:
+def _tie(flow: Flow, kind: str, core: Core, roles: Roles, uses: dict[Op, set[Use]], made: set[Tie]) -> Iterator[Site | Miss]:
     ties: list[Tie] = []
     misses: list[Miss] = []
     halves = [(roles.k, roles.v, "values", "keys"), (roles.q, roles.proj, "the output projection", "queries")]
@@ -233,7 +244,7 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles, partners: dict[Op, set
             why = f"{core.mix.node.name} averages over channels, not over positions" if crossed else "no projection of their own was found"
             reason = f"{what} cannot use the weight of the {whose}, {source.block}: {why}"
         else:
-            reason = _half_obstacle(flow, roles, source, target, partners)
+            reason = _half_obstacle(flow, roles, source, target, uses)
         if reason is not None:
             weights = tuple(dict.fromkeys(part.weight.name for part in (source, target) if part is not None)) or roles.names
             misses.append(Miss(kind, common_module(weights), weights, reason))
@@ -243,12 +254,14 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles, partners: dict[Op, set
             ties.append(tie(source.weight, target.weight, source.block, target.block))
     flow.carriers.update({core.mix, *(part.op for part in roles.parts)})
     flow.carriers.update(op for part in roles.parts[:1] for op in flow.between(part.op, core.mix) if _mixes_heads(op))
+    ties = [tie for tie in ties if tie not in made]  # another attention may use the same keys and values
+    made.update(ties)
     if ties:
         yield Site(kind, common_module(roles.names), roles.names, tuple(ties))
     yield from misses
 
 
-def _half_obstacle(flow: Flow, roles: Roles, source: Part, target: Part, partners: dict[Op, set[tuple[str, ...]]]) -> str | None:
+def _half_obstacle(flow: Flow, roles: Roles, source: Part, target: Part, uses: dict[Op, set[Use]]) -> str | None:
     if source.matrix != target.matrix[::-1]:
         return f"{target.block} is {target.matrix}, {source.block} is {source.matrix}: not transposes of each other"
     if any(target.block.overlaps(part.block) for part in roles.parts if part is not target):
@@ -256,6 +269,7 @@ def _half_obstacle(flow: Flow, roles: Roles, source: Part, target: Part, partner
     for part in (source, target):
         if (reason := misuse(flow, part.weight)) is not None:
             return reason
-    if any(partners.get(reader) != {roles.names} for reader in flow.readers[target.weight.name]):
+    own = {use for part, use in roles.uses if part.weight.name == target.weight.name}
+    if not all(reader in uses and uses[reader] <= own for reader in flow.readers[target.weight.name]):
         return f"{target.weight.name} is used a second time, in another role or with other weights"
     return None

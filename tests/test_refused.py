@@ -281,8 +281,19 @@ def test_attentions_that_share_keys_and_values() -> None:
         return y + m.out2(attended(m.q2(y), k, v))
 
     net = Net(forward, **{name: linear(D, D) for name in ("q1", "q2", "k", "v", "out1", "out2")})
-    tied = assert_hit(net, X, "out1.weight ← q1.weightᵀ", "out2.weight ← q2.weightᵀ", kind="attention")
+    expected = ["out1.weight ← q1.weightᵀ", "out2.weight ← q2.weightᵀ", "v.weight ← k.weightᵀ"]
+    tied = assert_hit(net, X, *expected, kind="attention")
     assert not pe_fx.plan(tied, X).sites
+
+
+def test_attentions_that_share_all_but_their_outputs() -> None:
+    def forward(m: Net, x: Tensor, y: Tensor) -> Tensor:
+        return m.out1(attended(m.q(x), m.k(x), m.v(x))) + m.out2(attended(m.q(y), m.k(x), m.v(x)))
+
+    net = Net(forward, **{name: linear(D, D) for name in ("q", "k", "v", "out1", "out2")})
+    expected = ["out1.weight ← q.weightᵀ", "out2.weight ← q.weightᵀ", "v.weight ← k.weightᵀ"]
+    tied = assert_hit(net, (X, X + 1), *expected, kind="attention")
+    assert not pe_fx.plan(tied, (X, X + 1)).sites
 
 
 # ---- models that hold activations
