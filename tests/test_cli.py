@@ -190,6 +190,11 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(folder: Path) -> N
     assert files(folder) == before
 
 
+def test_a_file_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *args, **options: (_ for _ in ()).throw(TypeError("no")))
+    assert "error: tied.safetensors: safetensors cannot hold this model" in error("transform", "net.py:plain", "-o", "tied.safetensors")
+
+
 # ---- diff
 
 DIFF = """
