@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,16 @@ from pe_fx.capture import first_line
 from pe_fx.errors import PeFxError
 from pe_fx.files import whole_file
 from pe_fx.held import held_plan, uncompiled
+from pe_fx.rewrite import INITS
 from pe_fx.tied import is_sharded
 from pe_fx.ties import Plan
 from pe_fx.twin import untie
 
 PLAN = "pe_fx_plan"
 """The key of the plan in a file's metadata."""
+
+MIX = "pe_fx_mix"
+"""The key of the mix in what a state_dict tells of a tied module."""
 
 
 def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -52,10 +58,12 @@ def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | No
             value = value.clone()  # part of a tensor that is written already
         storages.add(value.untyped_storage().data_ptr() if value.numel() else 0)
         tensors[name] = value
-    write = _safetensors().save_file
+    library = _safetensors()
     with whole_file(path) as draft:
         try:
-            write(tensors, draft, metadata={"format": "pt", **(metadata or {}), **plans})
+            library.torch.save_file(tensors, draft, metadata={"format": "pt", **(metadata or {}), **plans})
+        except library.SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {first_line(error)}") from error
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise PeFxError(f"{path}: safetensors cannot hold this model: {first_line(error)}") from error
 
@@ -83,9 +91,11 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
         given a tied file is tied by the file's plan.
 
     Raises:
-        PeFxError: the file is damaged, its plan does not fit, or a tensor is missing, unexpected or of another shape or kind.
+        PeFxError: the file is damaged, its plan or mix does not fit, or a tensor is missing, unexpected or of another shape or kind.
         OSError: it cannot be read. In both cases the model is left as it was.
     """
+    if init not in INITS:
+        raise PeFxError(f"init={init!r} is unknown; choose from {', '.join(map(repr, INITS))}")
     path = Path(path)
     values, plan = _read(path)
     held = held_plan(uncompiled(model))
@@ -127,32 +137,31 @@ def read_plan(path: str | Path) -> Plan | None:
         return _plan_of(file, Path(path))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Plan | None]:
+def _read(path: Path) -> tuple[Mapping[str, Any], Plan | None]:
     with path.open("rb") as file:
         start = file.read(9)
     if path.suffix == ".safetensors" or start[8:] == b"{":
         with _opened(path) as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, _plan_of(opened, path)  # noqa: SIM118 (no dict)
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a training script's options, kept beside its weights
+            values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises anything
         raise PeFxError(f"{path} is no checkpoint of weights alone: {type(error).__name__}") from error
     if isinstance(values, dict):
         values = next((values[key] for key in ("state_dict", "model") if isinstance(values.get(key), dict)), values)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise PeFxError(f"{path} holds no weights by name, but {_kind(values)}")
-    return dict(values), None
+    return values, None
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    _safetensors()
-    import safetensors
-
+    library = _safetensors()
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with library.safe_open(path, framework="pt") as file:
             yield file
-    except safetensors.SafetensorError as error:
+    except library.SafetensorError as error:
         raise PeFxError(f"{path} is no safetensors file, or a damaged one: {error}") from error
 
 
@@ -161,7 +170,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise PeFxError("weights are written and read with safetensors: pip install 'pe_fx[cli]'") from error
-    return safetensors.torch
+    return safetensors
 
 
 def _plan_of(file: Any, path: Path) -> Plan | None:
@@ -195,7 +204,7 @@ def _outline(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _fitting(model: nn.Module, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _fitting(model: nn.Module, values: Mapping[str, Any], path: Path) -> OrderedDict[str, Any]:
     """The model's state_dict with these values; a tensor with several names takes the one that the file has.
 
     Raises `PeFxError` unless they fit one for one.
@@ -206,10 +215,23 @@ def _fitting(model: nn.Module, values: Mapping[str, Any], path: Path) -> dict[st
     wrong = [f"it lacks {name}" for name, shared in first.items() if shared not in given]
     wrong += [f"it has {name}, which the model has not" for name in values if name not in first]
     wrong += [text for name in values if name in first for text in _differences(name, values[name], own[name], given[first[name]])]
+    told = _told(values)
+    wrong += [
+        f"{module} has another order or other signs (mix) there"
+        for module, here in _told(own).items()
+        if (there := told.get(module, {}).get(MIX)) is not None and there != here.get(MIX)
+    ]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise PeFxError(f"{path} does not fit this {type(model).__name__}: {'; '.join(wrong[:3])}{more}")
-    return {name: given[shared] for name, shared in first.items()}
+    state = OrderedDict((name, given[shared]) for name, shared in first.items())
+    vars(state)["_metadata"] = told
+    return state
+
+
+def _told(values: Mapping[str, Any]) -> Mapping[str, dict[str, Any]]:
+    """What a state_dict says of each module beside its values."""
+    return getattr(values, "_metadata", {})
 
 
 def _differences(name: str, value: Any, own: Any, shared: Any) -> Iterator[str]:

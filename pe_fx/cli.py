@@ -26,6 +26,8 @@ Parameters = ParamSpec("Parameters")
 
 DIFFERENT, FAILED, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 
+COLORS = {"auto": None, "always": True, "never": False}
+
 EPILOG = "Exit codes: 0 done, 1 differences (only with diff --exit-code), 2 an error, 130 interrupted, 141 closed pipe."
 
 app = typer.Typer(
@@ -143,6 +145,7 @@ def plan_command(
     pe-fx plan transformers:bert,num_hidden_layers=4 --json
     pe-fx plan my_models.py:build --input 1x3x64x64
     """
+    colors = colored(color)
     options = plan_options(plan, rules, share, entry, include, exclude, mix, gain)
     with progress() as say:
         from pe_fx import jobs
@@ -155,7 +158,7 @@ def plan_command(
     if as_json:
         print(made.to_json())
     else:
-        show(report.plan_report(made, every_miss=misses), color, width)
+        show(report.plan_report(made, every_miss=misses), colors, width)
 
 
 @app.command("transform", epilog=EPILOG)
@@ -243,6 +246,7 @@ def diff_command(
 
     With --html, --svg or --png only the summary is printed.
     """
+    colors = colored(color)
     at_most_one({"--side-by-side": side_by_side, "--stat": stat, "--tui": tui, "--json": as_json})
     walk_through = viewer() if tui else None
     options = plan_options(plan, rules, share, entry, include, exclude, mix, gain)
@@ -264,13 +268,13 @@ def diff_command(
     else:
         columns = width or default_width()
         if found and stat:
-            show(terminal.stat(found, columns), color, columns)
+            show(terminal.stat(found, columns), colors, columns)
         elif found and not (html or svg or png):
-            show((terminal.side_by_side if side_by_side else terminal.unified)(found, columns, fold=fold), color, columns)
+            show((terminal.side_by_side if side_by_side else terminal.unified)(found, columns, fold=fold), colors, columns)
         if misses:
-            show(terminal.misses(found, columns), color, columns)
+            show(terminal.misses(found, columns), colors, columns)
         if found:
-            show(terminal.summary(found), color, columns)
+            show(terminal.summary(found), colors, columns)
         else:
             print(terminal.summary(found).plain, file=sys.stderr)
     if exit_code and found:
@@ -348,12 +352,16 @@ def default_width() -> int:
     return shutil.get_terminal_size((100, 24)).columns
 
 
-def show(what: RenderableType, color: str, width: int | None) -> None:
+def colored(when: str) -> bool | None:
+    """What `--color` asks for; None where the terminal decides."""
+    if when not in COLORS:
+        raise PeFxError(f"--color {when}: choose from {', '.join(COLORS)}")
+    return COLORS[when]
+
+
+def show(what: RenderableType, colors: bool | None, width: int | None) -> None:
     """Prints to stdout; plain text where that is no terminal."""
-    if color not in ("auto", "always", "never"):
-        raise PeFxError(f"--color {color}: choose from auto, always, never")
-    forced = {"auto": None, "always": True, "never": False}[color]
-    console = Console(file=sys.stdout, width=width or default_width(), force_terminal=forced, no_color=color == "never", highlight=False)
+    console = Console(file=sys.stdout, width=width or default_width(), force_terminal=colors, no_color=colors is False, highlight=False)
     with console.capture() as captured:
         console.print(what, soft_wrap=isinstance(what, Text), end="" if isinstance(what, Text) and what.plain.endswith("\n") else "\n")
     text = captured.get()

@@ -11,7 +11,7 @@ import pe_fx
 from pe_fx import checkpoint
 from pe_fx.diff import Diff, Graph, compare, diff_transform, page, picture
 from pe_fx.errors import CaptureError, PeFxError
-from pe_fx.files import whole_file
+from pe_fx.files import check_writable
 from pe_fx.specs import Loaded, load
 from pe_fx.ties import Plan
 
@@ -44,16 +44,16 @@ def write_tied(
     say: Say,
 ) -> Plan:
     """Ties the model and writes its weights, with the plan in the metadata; returns the plan."""
-    with whole_file(output) as draft:
-        loaded = _built(spec, inputs, say, on_meta=False)
-        if weights is not None:
-            say(f"reading {weights}")
-            checkpoint.load(weights, loaded.model, inplace=True)
-        say("planning")
-        made = pe_fx.plan(loaded.model, loaded.example_inputs, **options) if read is None else read
-        tied = pe_fx.apply(loaded.model, made, init=init, inplace=True)
-        say(f"writing {output}")
-        checkpoint.save(tied, draft, metadata={"pe_fx_spec": spec})
+    check_writable(output)
+    loaded = _built(spec, inputs, say, on_meta=False)
+    if weights is not None:
+        say(f"reading {weights}")
+        checkpoint.load(weights, loaded.model, inplace=True)
+    say("planning")
+    made = pe_fx.plan(loaded.model, loaded.example_inputs, **options) if read is None else read
+    tied = pe_fx.apply(loaded.model, made, init=init, inplace=True)
+    say(f"writing {output}")
+    checkpoint.save(tied, output, metadata={"pe_fx_spec": spec})
     return made
 
 

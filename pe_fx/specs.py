@@ -50,9 +50,10 @@ def load(spec: str, inputs: Sequence[str] = (), *, on_meta: bool = False) -> Loa
     if spec.endswith(".pt2"):
         model, example_inputs = _exported(Path(spec))
         return Loaded(spec, model, parse_inputs(inputs, "cpu") or example_inputs)
-    source, colon, rest = spec.rpartition(":") if ".py:" in spec else spec.partition(":")
+    file, py, rest = spec.partition(".py:")
+    source, colon, rest = (f"{file}.py", ":", rest) if py else spec.partition(":")
     name, *arguments = split_commas(rest)
-    if not colon or not name:
+    if not source or not colon or not name:
         guess = f" (timm:{spec}?)" if spec.isidentifier() and spec not in _LIBRARIES else ""
         raise PeFxError(f"{spec!r} is no model spec{guess}: write {FORMS}")
     options = dict(map(_option, arguments))
@@ -60,7 +61,8 @@ def load(spec: str, inputs: Sequence[str] = (), *, on_meta: bool = False) -> Loa
         build = _LIBRARIES[source](name)
         model = _built(spec, build, options, on_meta)
     else:
-        model = _built(spec, _callable(source, name), options, on_meta=False)
+        with _on_path(Path(source).parent if py else Path.cwd()):  # also for what is imported while it is built
+            model = _built(spec, _callable(source, name), options, on_meta=False)
     like = next(iter(model.parameters()), torch.empty(0))
     return Loaded(spec, model, parse_inputs(inputs, like.device))
 
@@ -80,7 +82,10 @@ def parse_inputs(inputs: Sequence[str], device: torch.device | str = "cpu") -> E
     if not parsed:
         return None
     if all(name for name, _ in parsed):
-        return dict(parsed)
+        named = dict(parsed)
+        if len(named) < len(parsed):
+            raise PeFxError(f"inputs {', '.join(inputs)}: two have one name")
+        return named
     if any(name for name, _ in parsed):
         raise PeFxError(f"inputs {', '.join(inputs)}: give all of them by name or none")
     return tuple(value for _, value in parsed)
@@ -91,7 +96,10 @@ def _input(text: str, device: torch.device | str) -> tuple[str, torch.Tensor]:
     dtype = getattr(torch, match[3] or "float32", None) if match else None
     if match is None or not isinstance(dtype, torch.dtype):
         raise PeFxError(f"{text!r} is no input: write 1x3x224x224, 1x16:int64 or input_ids=1x16:int64")
-    return match[1] or "", torch.zeros([int(size) for size in match[2].split("x")], dtype=dtype, device=device)
+    try:
+        return match[1] or "", torch.zeros([int(size) for size in match[2].split("x")], dtype=dtype, device=device)
+    except (RuntimeError, NotImplementedError) as error:
+        raise PeFxError(f"{text!r} is no input that can be made: {_first_line(error)}") from error
 
 
 def split_commas(text: str) -> list[str]:
@@ -196,21 +204,27 @@ def _from_file(path: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look a class's module up
-    with _user_code(str(path)), _on_path(path.parent):
+    with _user_code(str(path)):
         spec.loader.exec_module(module)
     return module
 
 
 def _from_package(name: str) -> Any:
-    with _on_path(Path.cwd()):
-        try:
-            exists = importlib.util.find_spec(name) is not None
-        except (ModuleNotFoundError, ValueError):
-            exists = False
-        if not exists:
-            raise _unknown("Python", name, _LIBRARIES)
-        with _user_code(name):
-            return importlib.import_module(name)
+    with _user_code(name):
+        exists = _exists(name)
+    if not exists:
+        raise _unknown("Python", name, _LIBRARIES)
+    with _user_code(name):
+        return importlib.import_module(name)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            return False
+        raise  # a package around it is there, but lacks something itself
 
 
 @contextlib.contextmanager
@@ -223,11 +237,12 @@ def _user_code(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder.resolve()))
+    place = str(folder.resolve())
+    sys.path.insert(0, place)
     try:
         yield
     finally:
-        sys.path.remove(str(folder.resolve()))
+        sys.path.remove(place)
 
 
 def _exported(path: Path) -> tuple[nn.Module, ExampleInputs | None]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pe_fx.errors import PeFxError
 
@@ -72,11 +72,21 @@ class Block:
     >>> block = Block("qkv.weight", (192, 64), (((64, 128),), ((0, 64),)))
     >>> block.shape, block.is_whole, str(block)
     ((64, 64), False, 'qkv.weight[64:128]')
+
+    Raises `PeFxError` where the parameter does not have these positions.
     """
 
     name: str
     full_shape: Shape
     ranges: tuple[Ranges, ...]
+
+    def __post_init__(self) -> None:
+        fits = len(self.ranges) == len(self.full_shape)
+        for ranges, size in zip(self.ranges, self.full_shape, strict=False):
+            edges = [0, *(edge for start, stop in ranges for edge in (start, stop)), size]
+            fits &= edges == sorted(edges)
+        if not fits:
+            raise PeFxError(f"{self.name} has no part {self.ranges}: its shape is {self.full_shape}")
 
     @classmethod
     def whole(cls, name: str, shape: Sequence[int]) -> Block:
@@ -132,7 +142,7 @@ class Tie:
     signed permutation, drawn by `seed` (with signs along the other of `axes`, too), and a learned factor per channel that starts
     at `gain`. It is the dimension of the output channels, so that a unit does not write back along the direction that it reads.
 
-    Raises `PeFxError` where the two blocks do not have matching shapes.
+    Raises `PeFxError` where the two blocks do not have matching shapes, or not these dimensions.
     """
 
     into: Block
@@ -144,6 +154,11 @@ class Tie:
     gain: float | None = None
 
     def __post_init__(self) -> None:
+        rank = min(len(self.into.shape), len(self.of.shape))
+        if not 0 <= min(self.axes) < max(self.axes) < rank or self.channels not in (None, *self.axes):
+            raise PeFxError(f"{self} cannot be a tie: axes {self.axes} and channels {self.channels} do not fit {self.into.shape}")
+        if self.gain is not None and not math.isfinite(self.gain):
+            raise PeFxError(f"{self} cannot be a tie: its gain is {self.gain}")
         if _trimmed(self.into.shape, self.axes) != _trimmed(self.source_shape, self.axes):
             raise PeFxError(f"{self} cannot be a tie: {self.into.shape} is not the shape of {self.of.shape}{'ᵀ' * self.transposed}")
         if self.channels is None and (self.seed is not None or self.gain is not None):
@@ -196,6 +211,10 @@ class Entry:
     width: int
     out: int
     stride: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.treatment not in ("slice", "expand"):
+            raise PeFxError(f"{self.block}: entry={self.treatment!r} is unknown; choose from 'slice', 'expand'")
 
     @property
     def removed(self) -> tuple[str, ...]:
@@ -255,6 +274,11 @@ class Plan:
     params_after: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for tie in self.ties:
+            if self.shapes.get(tie.source, tie.of.full_shape) != tie.of.full_shape:
+                raise PeFxError(f"{tie} cannot be a tie: {tie.source} is {self.shapes[tie.source]}, not {tie.of.full_shape}")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self  # a plan is never changed, and every tied weight of a model refers to it
 
@@ -284,16 +308,10 @@ class Plan:
                 f"this plan has schema version {version!r}; this pe_fx reads version {SCHEMA_VERSION}: make the plan anew with pe_fx.plan()"
             )
         try:
-            return cls(
-                sites=tuple(map(_site, body["sites"])),
-                misses=tuple(Miss(**_tuples(miss)) for miss in body["misses"]),
-                shapes={name: tuple(shape) for name, shape in body["shapes"].items()},
-                params_before=operator.index(body["params_before"]),
-                params_after=operator.index(body["params_after"]),
-                options=_tuples(body["options"]),
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise PeFxError(f"this plan is damaged: {error!r}") from error
+            plan: Plan = _decoded(cls, {f.name: body[f.name] for f in dataclasses.fields(cls)})
+        except (KeyError, TypeError, ValueError, PeFxError) as error:
+            raise PeFxError(f"this plan is damaged: {error if isinstance(error, PeFxError) else repr(error)}") from error
+        return plan
 
     def __str__(self) -> str:
         if not self.sites:
@@ -344,12 +362,24 @@ def _relative(name: str, prefix: str) -> str:
     return name.removeprefix(prefix + ".") if prefix else name
 
 
-def _site(body: dict[str, Any]) -> Site:
-    fields = _tuples(body)
-    fields["ties"] = tuple(Tie(**tie | {"into": Block(**tie["into"]), "of": Block(**tie["of"])}) for tie in fields["ties"])
-    if fields["entry"]:
-        fields["entry"] = Entry(**fields["entry"])
-    return Site(**fields)
+def _decoded(kind: Any, value: Any) -> Any:
+    """What JSON says, as the annotated type. Raises `TypeError` or `ValueError` where it is something else."""
+    of = get_args(kind)
+    if kind is Any:
+        return _tuples(value)
+    if get_origin(kind) is UnionType:
+        return None if value is None else _decoded(of[0], value)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        kinds = [of[0]] * len(value) if of[-1] is ... else of
+        return tuple(_decoded(one, item) for one, item in zip(kinds, value, strict=True))
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {key: _decoded(of[1], item) for key, item in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        return kind(**{key: _decoded(hints.get(key, Any), item) for key, item in value.items()})  # type: ignore[operator]
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise TypeError(f"{value!r} is no {getattr(kind, '__name__', kind)}")
+    return value
 
 
 def _tuples(value: Any) -> Any:

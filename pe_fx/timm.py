@@ -27,6 +27,7 @@ except ImportError as error:
     raise ImportError(f"pe_fx.timm needs timm ({error}): pip install 'pe_fx[timm]'") from error
 
 import pe_fx
+from pe_fx.held import held_plan
 from pe_fx.tied import tied_weights_in
 
 __all__ = ["register"]
@@ -94,7 +95,8 @@ def _create(dense: str, twin: str, pretrained: bool, kwargs: dict[str, Any], opt
     holds_tied = pretrained and isinstance(cfg, Mapping) and bool(cfg.get("source"))  # the folder's own file named the twin
     model: Any = _tied(model_entrypoint(dense)(pretrained=pretrained and not holds_tied, **kwargs), kwargs, options)
     model.pretrained_cfg["architecture"] = twin
-    model.register_load_state_dict_pre_hook(functools.partial(_tie_dense_weights, dense=dense, kwargs=kwargs, options=options))
+    init = options.get("init", "keep")
+    model.register_load_state_dict_pre_hook(functools.partial(_tie_dense_weights, dense=dense, kwargs=kwargs, init=init))
     if holds_tied:
         load_pretrained(
             model,
@@ -128,15 +130,21 @@ def _tie_dense_weights(
     *_: Any,
     dense: str,
     kwargs: Mapping[str, Any],
-    options: Mapping[str, Any],
+    init: str,
 ) -> None:
     """Before weights are loaded: those of the dense model become those of the tied one."""
     if prefix or not _is_dense(model, state_dict):
         return
-    classes = {"num_classes": model.num_classes} if hasattr(model, "num_classes") else {}
-    twin = model_entrypoint(dense)(pretrained=False, **{**kwargs, **classes})
-    missing, unexpected = twin.load_state_dict(state_dict, strict=False)
-    tied = _tied(twin, kwargs, options).state_dict()
+    plan = held_plan(model)
+    assert plan is not None
+    with torch.random.fork_rng(enabled=init != "reset"):
+        if plan.entries:  # the modules that they changed are not in the model any more
+            classes = {"num_classes": model.num_classes} if hasattr(model, "num_classes") else {}
+            twin = model_entrypoint(dense)(pretrained=False, **{**kwargs, **classes})
+        else:
+            twin = pe_fx.untie(model)
+        missing, unexpected = twin.load_state_dict(state_dict, strict=False)
+        tied = pe_fx.apply(twin, plan, init=init, inplace=True).state_dict()
     kept = {name: state_dict[name] for name in unexpected}  # for the load itself to judge, as what is missing
     state_dict.clear()
     state_dict.update({name: value for name, value in tied.items() if name not in missing} | kept)

@@ -329,6 +329,12 @@ def dropped(key: str) -> Callable[[dict[str, Any]], Any]:
     return lambda body: body.pop(key)
 
 
+def in_tie(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+    return lambda body: change(body["sites"][0]["ties"][0])
+
+
+ENTRY = {"block": "0", "conv1": "0.0", "convs": ["0.1"], "norms": [], "width": 4, "out": 8, "stride": [1, 1]}
+
 DAMAGED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no sites": dropped("sites"),
     "no shapes": dropped("shapes"),
@@ -340,6 +346,22 @@ DAMAGED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "shapes are a list": lambda body: body.update(shapes=[]),
     "ranges are no list": lambda body: body["sites"][0]["ties"][0]["of"].update(ranges="all"),
     "counts are text": lambda body: body.update(params_before="many"),
+    "sites are an object": lambda body: body.update(sites={}),
+    "kind is a number": lambda body: body["sites"][0].update(kind=3),
+    "a shape is text": lambda body: body["shapes"].update({"0.weight": "16x8"}),
+    "ranges past the end": in_tie(lambda tie: tie["of"].update(ranges=[[[100, 116]], [[0, 8]]])),
+    "ranges that overlap": in_tie(lambda tie: tie["of"].update(ranges=[[[0, 10], [4, 10]], [[0, 8]]])),
+    "ranges of too few dimensions": in_tie(lambda tie: tie["of"].update(ranges=[[[0, 16]]])),
+    "a range of three": in_tie(lambda tie: tie["of"].update(ranges=[[[0, 8, 16]], [[0, 8]]])),
+    "another shape of the source": in_tie(lambda tie: tie["of"].update(full_shape=[48, 8])),
+    "axes past the end": in_tie(lambda tie: tie.update(axes=[0, 5])),
+    "one axis": in_tie(lambda tie: tie.update(axes=[0])),
+    "axes that are negative": in_tie(lambda tie: tie.update(axes=[-1, 0])),
+    "channels past the end": in_tie(lambda tie: tie.update(channels=7)),
+    "seed is text": in_tie(lambda tie: tie.update(seed="x")),
+    "gain is no number": in_tie(lambda tie: tie.update(gain=float("nan"))),
+    "transposed is text": in_tie(lambda tie: tie.update(transposed="no")),
+    "an unknown entry": lambda body: body["sites"][0].update(entry=ENTRY | {"treatment": "fold"}),
 }
 
 

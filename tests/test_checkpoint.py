@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import os
 import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,6 +250,24 @@ def test_state_dicts_by_torch_save(key: str | None, tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "tied.pth", vit())
 
 
+def test_the_options_of_timms_train_py_beside_the_weights(tmp_path: Path) -> None:
+    dense = mlp()
+    torch.save({"state_dict": dense.state_dict(), "args": argparse.Namespace(lr=0.1, layers=[1, 2])}, tmp_path / "last.pth.tar")
+    assert_equal(checkpoint.load(tmp_path / "last.pth.tar", mlp()), dense)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("key", [None, "state_dict"])
+def test_a_state_dict_of_another_mix(key: str | None, inplace: bool, tmp_path: Path) -> None:
+    signed, plain = tie(mlp, ROWS, mix="signed"), tie(mlp, ROWS)
+    torch.save(signed.state_dict() if key is None else {key: signed.state_dict()}, tmp_path / "signed.pth")
+    before = copy.deepcopy(plain)
+    with pytest.raises(PeFxError, match=r"signed\.pth does not fit this Sequential: 2 has another order or other signs \(mix\)"):
+        checkpoint.load(tmp_path / "signed.pth", plain, inplace=inplace)
+    assert_equal(plain, before)
+    assert_equal(checkpoint.load(tmp_path / "signed.pth", tie(mlp, ROWS, mix="signed")), signed)
+
+
 def test_an_untied_file_is_what_timm_loads(tmp_path: Path) -> None:
     dense = pe_fx.untie(tie(vit, IMAGE))
     checkpoint.save(dense, tmp_path / "dense.safetensors")
@@ -343,6 +363,11 @@ def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "model.pth", mlp())
 
 
+def test_an_unknown_init(tmp_path: Path) -> None:
+    with pytest.raises(PeFxError, match="init='bogus' is unknown; choose from 'keep', 'mean', 'reset'"):
+        checkpoint.load(tied_file(tmp_path), mlp(), init="bogus")
+
+
 def test_a_list_is_refused(tmp_path: Path) -> None:
     torch.save([torch.ones(2)], tmp_path / "list.pth")
     with pytest.raises(PeFxError, match="holds no weights by name, but a list"):
@@ -413,6 +438,20 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(mlp(), path)
     monkeypatch.undo()
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tied_file(tmp_path)
+    old = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"tied\.safetensors cannot be written: .*File too large"):
+            checkpoint.save(nn.Linear(64, 64), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
 

@@ -190,6 +190,11 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(folder: Path) -> N
     assert files(folder) == before
 
 
+def test_a_file_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *args, **options: (_ for _ in ()).throw(TypeError("no")))
+    assert "error: tied.safetensors: safetensors cannot hold this model" in error("transform", "net.py:plain", "-o", "tied.safetensors")
+
+
 # ---- diff
 
 DIFF = """
@@ -214,7 +219,12 @@ def test_diff_is_plain_text_in_a_pipe() -> None:
 
 def test_diff_in_colours_on_request() -> None:
     assert "\x1b[32m+       linear  2.weight ← 0.weightᵀ\x1b[0m" in run("diff", "net.py:Net", "--color", "always").stdout
-    assert "choose from auto, always, never" in error("diff", "net.py:Net", "--color", "some")
+
+
+def test_an_unknown_color_is_refused_before_the_work(folder: Path) -> None:
+    for command in (["plan", "-o", "plan.json"], ["diff", "--html", "diff.html"]):
+        assert "--color some: choose from auto, always, never" in error(*command, "net.py:Net", "--color", "some")
+    assert files(folder) == {"net.py"}
 
 
 def test_diff_of_a_model_with_itself_is_empty() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,13 @@ number = 3
 
 def broken():
     raise ValueError("no weights\\nhere")
+
+def late():
+    from sibling import WIDTH
+    return build(WIDTH)
+
+def strange(url, n):
+    return build(len(url) + n["a"])
 """
 
 
@@ -36,6 +44,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "zoo_package").mkdir()
     (tmp_path / "zoo_package" / "__init__.py").write_text("")
     (tmp_path / "zoo_package" / "models.py").write_text(SOURCE)
+    monkeypatch.delitem(sys.modules, "sibling", raising=False)
+    (tmp_path / "sibling.py").write_text("WIDTH = 6")
+    for name, code in (("lacking", "import not_there_at_all"), ("raising", "raise RuntimeError('no driver')")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+        (tmp_path / name / "models.py").write_text(SOURCE)
     (tmp_path / "damaged.pt2").write_text("no archive")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -48,7 +62,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("zoo_file.py:build,width=3", 3),
         ("zoo_file.py:Zoo.small", 4),
         ("zoo_file.py:made", 2),
+        ("zoo_file.py:late", 6),
+        ("zoo_file.py:strange,url='http://x',n={'a':1}", 9),
         ("zoo_package.models:build,width=5", 5),
+        ("zoo_package.models:late", 6),
         ("torch.nn:Sequential", None),
     ],
 )
@@ -96,6 +113,7 @@ WRONG = {
     "resnet50": r"no model spec \(timm:resnet50\?\): write timm:NAME",
     "": "no model spec",
     "timm:": "no model spec",
+    ":build": "no model spec",
     "timm:resnet5": "timm knows no 'resnet5'; did you mean resnet50",
     "timm:resnet18,layers": "'layers' is no option of a model: write key=value",
     "timm:resnet18,nonsense=3": "could not be built: TypeError",
@@ -103,6 +121,9 @@ WRONG = {
     "transformers:brt": "did you mean bert",
     "tim:resnet50": "Python knows no 'tim'; did you mean timm",
     "zoo_package.modells:build": "Python knows no 'zoo_package.modells'",
+    "zoo_file.modells:build": "Python knows no 'zoo_file.modells'",
+    "lacking.models:build": "lacking.models could not be imported: ModuleNotFoundError: No module named 'not_there_at_all'",
+    "raising.models:build": "raising.models could not be imported: RuntimeError: no driver",
     "zoo_package.models:bild": "zoo_package.models knows no 'bild'; did you mean build",
     "zoo_file.py:number": "is a int, not a torch.nn.Module",
     "zoo_file.py:broken": "zoo_file.py:broken could not be built: ValueError: no weights$",
@@ -125,6 +146,16 @@ def test_wrong_specs(spec: str) -> None:
 def test_wrong_inputs(text: str) -> None:
     with pytest.raises(PeFxError, match="is no input: write 1x3x224x224"):
         parse_inputs([text])
+
+
+def test_inputs_that_cannot_be_made() -> None:
+    with pytest.raises(PeFxError, match="'1x3:quint8' is no input that can be made"):
+        parse_inputs(["1x3:quint8"])
+
+
+def test_two_inputs_of_one_name() -> None:
+    with pytest.raises(PeFxError, match="x=1x3, x=1x4: two have one name"):
+        parse_inputs(["x=1x3", "x=1x4"])
 
 
 def test_inputs_are_named_all_or_none() -> None:

@@ -262,6 +262,26 @@ def test_dense_weights_are_tied_after_the_classifier_was_replaced() -> None:
     assert_same(model, pe_fx.transform(dense, torch.randn(1, 3, 32, 32)).state_dict())
 
 
+def test_dense_weights_are_tied_after_the_size_and_the_pooling_were_changed() -> None:
+    model, dense = vit(num_classes=3), drawn(VIT, num_classes=5, **SIZES)
+    for net in (model, dense):
+        net.reset_classifier(5, global_pool="avg")
+        net.set_input_size(48)
+    state = torch.get_rng_state()
+    model.load_state_dict(dense.state_dict())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same(model, pe_fx.transform(dense, torch.randn(1, 3, 48, 48)).state_dict())
+
+
+@pytest.mark.parametrize("entry", ["slice", "expand"])
+def test_dense_weights_are_tied_without_random_numbers(entry: str) -> None:
+    model, dense = resnet(entry=entry), timm.create_model("resnet50", **RESNET_SIZES)
+    state = torch.get_rng_state()
+    model.load_state_dict(dense.state_dict(), strict=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model.conv1.weight, dense.conv1.weight)
+
+
 def test_dense_weights_without_a_classifier() -> None:
     model, dense = vit(num_classes=3), drawn(VIT, num_classes=5, **SIZES)
     head = model.head.weight.clone()

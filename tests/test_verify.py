@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import pe_fx
 from pe_fx import Plan
+from pe_fx.twin import Comparison, Report
 
 X = torch.randn(3, 5, 8)
 IMAGE = torch.randn(2, 8, 6, 6)
@@ -141,6 +142,21 @@ def test_a_model_with_random_numbers_of_its_own_seed() -> None:
     assert report
     assert {comparison.mode for comparison in report.comparisons} == {"eval"}
     assert report.notes[0].startswith("train: not compared, since two runs of the dense twin differ by")
+
+
+def test_a_model_that_returns_positions_alone() -> None:
+    net = Net(lambda m, x: m.inner(x).argmax(-1), inner=pe_fx.transform(mlp(), X))
+    report = pe_fx.verify(net, X)
+    assert not report
+    assert report.notes == tuple(f"{mode}: not compared, since the model returns no floating-point tensor" for mode in ("train", "eval"))
+    assert "nothing could be compared" in str(report)
+
+
+def test_no_tolerance_is_none() -> None:
+    assert pe_fx.verify(pe_fx.transform(mlp(), X), X, tolerance=0.0).tolerance == 0
+    exact = Report((Comparison("eval", "outputs", "", 0.0),), 0.0)
+    assert exact
+    assert not dataclasses.replace(exact, comparisons=(Comparison("eval", "outputs", "output 0", 1e-9),))
 
 
 def test_the_model_is_not_touched() -> None:
