@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from pe_fx.errors import PeFxError
+
 Steps = tuple[tuple[type, tuple[str, ...]], ...]
 
 _classes: dict[tuple[type, Steps], type] = {}
@@ -45,7 +47,11 @@ def _derived(base: type, steps: Steps) -> type:
         mixin, names = steps[-1]
         before = _derived(base, steps[:-1])
         body = {"__module__": base.__module__, "__doc__": mixin.__doc__, "dense_class": before, "derivation": (base, steps)}
-        _classes[base, steps] = type(f"{mixin.__name__}{before.__name__}", (mixin, before), body | mixin.attributes(names))  # type: ignore[attr-defined]
+        name = f"{mixin.__name__}{before.__name__}"
+        try:
+            _classes[base, steps] = type(name, (mixin, before), body | mixin.attributes(names))  # type: ignore[attr-defined]
+        except Exception as error:  # whatever the class does in __init_subclass__
+            raise PeFxError(f"{base.__name__} cannot be subclassed, as a module with a tied weight must be: {error}") from error
     return _classes[base, steps]
 
 

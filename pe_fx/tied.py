@@ -6,7 +6,7 @@ registered, so that every weight has exactly one name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,8 +250,14 @@ def _property(name: str) -> property:
     return property(dense, doc=f"The dense {name}, computed from what it is tied to.")
 
 
+def tied_class(cls: type, module: nn.Module, names: Iterable[str]) -> type:
+    """The class, in place of its class `cls`, of a module in which `names` are tied beside those that are."""
+    dense_class: type = module.dense_class if isinstance(module, Tied) else cls
+    return derive(dense_class, Tied, {*module.__dict__.get("tied_weights", ()), *names})
+
+
 def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parameter | None) -> None:
-    """Turns `module.<name>` into a view; of the parameter only `kept` stays, if anything."""
+    """Makes `module.<name>`, whose class is a `tied_class`, a view; of the parameter only `kept` stays, if anything."""
     weight.order = list(module._parameters)
     dense = module._parameters[name]
     assert dense is not None
@@ -262,10 +268,7 @@ def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parame
     factors = [dense.new_full((gain.count,), gain.initial) for gain in weight.layout.gains if gain is not None]
     if factors:
         module._parameters[gain_of(name)] = nn.Parameter(torch.cat(factors), requires_grad=dense.requires_grad)
-    tied_weights = {**getattr(module, "tied_weights", {}), name: weight}
-    dense_class = module.dense_class if isinstance(module, Tied) else type(module)
-    module.__dict__["tied_weights"] = tied_weights
-    module.__class__ = derive(dense_class, Tied, tied_weights)  # type: ignore[assignment]
+    module.__dict__["tied_weights"] = {**module.__dict__.get("tied_weights", {}), name: weight}
 
 
 def untie_weights(module: nn.Module, dense: dict[str, Tensor]) -> None:

@@ -273,6 +273,59 @@ def test_plan_of_another_model(other: nn.Module, message: str, inplace: bool) ->
     assert_untouched(other, before)
 
 
+def frozen(model: nn.Sequential) -> None:
+    model[0].weight.requires_grad_(False)
+
+
+def half(model: nn.Sequential) -> None:
+    model[2].half()
+
+
+def read_elsewhere(model: nn.Sequential) -> None:
+    model[1].other = linear(16, 8)
+    model[1].other.weight = model[2].weight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (frozen, r"0\.weight is frozen, 2\.weight is trained"),
+        (half, r"2\.weight is float16, 0\.weight is float32"),
+        (read_elsewhere, r"2\.weight is one parameter registered in 2 places"),
+    ],
+    ids=["frozen", "dtype", "registered twice"],
+)
+def test_apply_refuses_what_plan_leaves_alone(change: Callable[[nn.Sequential], None], message: str) -> None:
+    plan = pe_fx.plan(mlp(), X)
+    model = mlp()
+    change(model)
+    before = state(model)
+    with pytest.raises(PeFxError, match=message):
+        pe_fx.apply(model, plan, inplace=True)
+    assert_untouched(model, before)
+
+
+def test_two_modules_of_the_plan_are_one_here() -> None:
+    plan = pe_fx.plan(nn.Sequential(mlp(), mlp()), X)
+    model = nn.Sequential(*[mlp()] * 2)
+    before = state(model)
+    with pytest.raises(PeFxError, match=r"[01]\.2\.weight and [01]\.2\.weight are one parameter here"):
+        pe_fx.apply(model, plan, inplace=True)
+    assert_untouched(model, before)
+
+
+class Registered(nn.Linear):
+    def __init_subclass__(cls, *, name: str) -> None: ...
+
+
+def test_class_that_cannot_be_subclassed() -> None:
+    model = nn.Sequential(linear(8, 16), nn.GELU(), Registered(16, 8))
+    before = state(model)
+    with pytest.raises(PeFxError, match=r"Registered cannot be subclassed.*'name'"):
+        pe_fx.transform(model, X, init="mean", inplace=True)
+    assert_untouched(model, before)
+
+
 def test_plan_applied_twice() -> None:
     model = mlp()
     plan = pe_fx.plan(model, X)
