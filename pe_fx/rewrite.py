@@ -56,8 +56,7 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
             vars(rest).update(vars(dense))  # marks that a training script may have left on it
         text = "; ".join(tie.text() for tie in ties)
         tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text, plan, name), rest)
-    if targets:
-        choose(model)
+    choose(model)
 
 
 def rewrite_graph(gm: fx.GraphModule, plan: Plan, weights: Mapping[str, fx.Node] | None = None) -> None:
@@ -131,6 +130,10 @@ def _compare_shapes(plan: Plan, shapes: dict[str, tuple[int, ...]], what: str) -
     unknown = [name for tie in plan.ties for name in (tie.target, tie.source) if name not in plan.shapes]
     if unknown:
         raise PeFxError(f"the plan is damaged: it ties {unknown[0]}, but does not say its shape")
+    widened = {entry.conv1 for entry in plan.entries if entry.treatment == "expand"}
+    for block in (block for tie in plan.ties for block in (tie.into, tie.of)):
+        if block.full_shape != plan.shapes[block.name] and block.name.rpartition(".")[0] not in widened:
+            raise PeFxError(f"the plan is damaged: {block.name} is {plan.shapes[block.name]} in it, in a tie {block.full_shape}")
     wrong = [
         f"{name} is {shapes[name]} here, {shape} in the plan" if name in shapes else f"{name} {shape} is missing"
         for name, shape in plan.shapes.items()
