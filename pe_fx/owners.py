@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pe_fx.ties import Tie
 
@@ -40,6 +40,8 @@ def forbidden(tie: Tie, owners: Mapping[str, Owner]) -> str | None:
     for name, owner in ((tie.target, target), (tie.source, source)):
         if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
             return f"{name} is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
+        if isinstance(owner.module, fx.GraphModule):
+            return f"{name} is held by a GraphModule itself, which every copy rebuilds from its graph: transform the model, then trace it"
     if target.places > 1:
         return f"{tie.target} is one parameter registered in {target.places} places: tied here, it would be untied there"
     a, b = target.parameter, source.parameter

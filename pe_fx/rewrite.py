@@ -56,7 +56,22 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
             vars(rest).update(vars(dense))  # marks that a training script may have left on it
         text = "; ".join(tie.text() for tie in ties)
         tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text, plan, name), rest)
+    _take_whole(model, [module for module, _ in owners.values()])
     choose(model)
+
+
+def _take_whole(model: nn.Module, tied: Iterable[nn.Module]) -> None:
+    """Lets graphs that read weights of these modules read the modules, too: a GraphModule of such a graph takes them as they are."""
+    for gm in (module for module in model.modules() if isinstance(module, fx.GraphModule)):
+        paths = {module: path for path, module in gm.named_modules()}
+        read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+        owners = {name.rpartition(".")[0] for name in read}
+        new = [path for path in dict.fromkeys(paths.get(module, "") for module in tied) if path in owners - read - {""}]
+        if new:
+            with gm.graph.inserting_before(next(node for node in gm.graph.nodes if node.op != "placeholder")):
+                for path in new:
+                    gm.graph.get_attr(path)
+            gm.recompile()
 
 
 def rewrite_graph(gm: fx.GraphModule, plan: Plan, weights: Mapping[str, fx.Node] | None = None) -> None:
@@ -117,6 +132,12 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
             raise PeFxError(f"the plan does not fit this {what}: {other} and {name} are one parameter here, two in the plan")
     modules = dict(model.named_modules(remove_duplicate=False))
     for entry in plan.entries:
+        around = [path for path in modules if path == "" or f"{entry.block}.".startswith(f"{path}.")]
+        if any(isinstance(modules[path], fx.GraphModule) for path in around):
+            raise PeFxError(
+                f"entry={entry.treatment!r} changes what the module {entry.block} computes, which this GraphModule does not call: "
+                "transform the model, then trace it, or use entry='keep'"
+            )
         for name in (entry.block, entry.conv1, *entry.convs, *entry.norms):
             if name not in modules:
                 raise PeFxError(f"the plan does not fit this {what}: {name}, a module that entry={entry.treatment!r} treats, is missing")

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from pe_fx.derived import Derived, derive
 from pe_fx.errors import PeFxError
@@ -290,12 +291,35 @@ def _property(name: str) -> property:
         if own is not None and is_sharded(own):
             return own  # FSDP2, between forward passes, looks for its parameter under this name
         tied: TiedWeight = self.tied_weights[name]
+        if is_fx_symbolic_tracing() and (read := _traced(self, name, tied)) is not None:
+            return read  # type: ignore[no-any-return]
         try:
             return tied.dense(self, name)
         except NotImplementedError as error:  # a quantized tensor
             raise PeFxError(f"{name} ← {tied.text}: the source cannot be viewed any more ({error}). Quantize pe_fx.untie(model)") from error
 
     return property(dense, doc=f"The dense {name}, computed from what it is tied to.")
+
+
+def _traced(module: nn.Module, name: str, weight: TiedWeight) -> Any:
+    """What torch.fx records of a read, else it would keep the value; None where its graph cannot name the weight.
+
+    The modules are read, too: a GraphModule then takes them as they are, and not their weights alone.
+    """
+    source, attribute = weight.sources[0]
+    parameter = nn.Module.__getattr__(source, attribute)
+    if not isinstance(parameter, fx.Proxy):
+        return None
+    tracer: Any = parameter.tracer
+    try:
+        paths = [tracer.path_of_module(each) for each in (*(source for source, _ in weight.sources), module)]
+    except NameError:  # a module outside of what is traced
+        return None
+    if not all(paths):
+        return None
+    for path in paths:
+        tracer.create_proxy("get_attr", path, (), {})
+    return tracer.create_proxy("get_attr", f"{paths[-1]}.{name}", (), {})
 
 
 def tied_class(cls: type, module: nn.Module, names: Iterable[str]) -> type:
