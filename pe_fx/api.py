@@ -7,25 +7,24 @@ import fnmatch
 import functools
 import math
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from pe_fx.capture import Captured, ExampleInputs, capture, value_of
 from pe_fx.channels import tracing
 from pe_fx.entry import widen_params
 from pe_fx.errors import NoSitesWarning, PeFxError
 from pe_fx.flow import Flow
+from pe_fx.owners import Owner, forbidden, owners_in
 from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.passes.variants import GAIN, MIXES, vary
 from pe_fx.rewrite import INITS, rewrite_graph, rewrite_modules
 from pe_fx.tied import Tied
-from pe_fx.ties import Miss, Plan, Shape, Site, Tie
+from pe_fx.ties import Miss, Plan, Shape, Site
 
 KINDS = tuple(rule.kind for rule in DEFAULT_RULES)
 
@@ -65,7 +64,7 @@ def plan(
     with tracing():
         flow = Flow(captured)
         sites, misses = find(flow, (*custom, *DEFAULT_RULES))
-        owners = _owners(model, captured)
+        owners = {name: Owner(value_of(node)) for node, name in captured.weights.items()} | owners_in(model)
         sites, refused = _tieable(filter(wanted, sites), owners)
         misses = [miss for miss in (*misses, *refused) if wanted(miss)]
         sites, misses = share_stages(flow, sites, misses, share, entry, wanted, functools.partial(_trait, owners))
@@ -167,7 +166,8 @@ def apply(model: nn.Module, plan: Plan, *, init: str = "keep", inplace: bool = F
     >>> fresh.load_state_dict(trained.state_dict())
     <All keys matched successfully>
 
-    Raises `PeFxError`, before anything is changed, where the plan's weights are not in the model or have other shapes.
+    Raises `PeFxError`, before anything is changed, where the plan's weights are not in the model, have other shapes, or are such
+    that `plan` would leave them alone: frozen beside a trained one, of another dtype or device, used in other places too.
     """
     _one_of("init", init, INITS)
     result = model if inplace else copy.deepcopy(model)
@@ -239,68 +239,22 @@ def _selected(found: Site | Miss, include: Sequence[str] | None, exclude: Sequen
     return (include is None or matches(include)) and not (exclude is not None and matches(exclude))
 
 
-@dataclass(frozen=True)
-class _Owner:
-    """A parameter, or the value that stands for it in a graph; the module that holds it; and in how many places it is held."""
-
-    parameter: Tensor
-    module: nn.Module | None = None
-    places: int = 1
-
-
-def _owners(model: nn.Module, captured: Captured) -> dict[str, _Owner]:
-    places: Counter[int] = Counter()
-    for module in model.modules():
-        places.update(id(parameter) for parameter in module._parameters.values())
-    owners = {name: _Owner(value_of(node)) for node, name in captured.weights.items()}
-    named: dict[str, _Owner] = {}
-    for path, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                named.setdefault(f"{path}.{attribute}" if path else attribute, _Owner(parameter, module, places[id(parameter)]))
-    return owners | named
-
-
-def _trait(owners: Mapping[str, _Owner], name: str) -> tuple[object, ...] | None:
+def _trait(owners: Mapping[str, Owner], name: str) -> tuple[object, ...] | None:
     owner = owners.get(name)
     return None if owner is None else (owner.parameter.requires_grad, owner.parameter.dtype, owner.parameter.device)
 
 
-def _tieable(sites: Iterable[Site], owners: Mapping[str, _Owner]) -> tuple[list[Site], list[Miss]]:
+def _tieable(sites: Iterable[Site], owners: Mapping[str, Owner]) -> tuple[list[Site], list[Miss]]:
     """Refuses ties that the weights themselves forbid."""
     kept: list[Site] = []
     misses: list[Miss] = []
     for site in sites:
-        reasons = {tie: reason for tie in site.ties if (reason := _forbidden(tie, owners)) is not None}
+        reasons = {tie: reason for tie in site.ties if (reason := forbidden(tie, owners)) is not None}
         misses += [Miss(site.kind, site.name, tuple(dict.fromkeys((tie.source, tie.target))), reason) for tie, reason in reasons.items()]
         ties = tuple(tie for tie in site.ties if tie not in reasons)
         if ties:
             kept.append(replace(site, ties=ties))
     return kept, misses
-
-
-def _forbidden(tie: Tie, owners: Mapping[str, _Owner]) -> str | None:
-    target, source = owners.get(tie.target), owners.get(tie.source)
-    if target is None or source is None:
-        return None
-    for name, owner in ((tie.target, target), (tie.source, source)):
-        if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
-            return f"{name} is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
-    if target.places > 1:
-        return f"{tie.target} is one parameter registered in {target.places} places: tied here, it would be untied there"
-    a, b = target.parameter, source.parameter
-    if a.requires_grad != b.requires_grad:
-        frozen, trained = (tie.target, tie.source) if b.requires_grad else (tie.source, tie.target)
-        return f"{frozen} is frozen, {trained} is trained: set requires_grad alike"
-    if a.dtype != b.dtype:
-        return f"{tie.target} is {_dtype(a.dtype)}, {tie.source} is {_dtype(b.dtype)}"
-    if a.device != b.device:
-        return f"{tie.target} is on {a.device}, {tie.source} on {b.device}"
-    return None
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _saved(site: Site, shapes: Mapping[str, Shape], numel: Mapping[str, int]) -> int:

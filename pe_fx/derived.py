@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from pe_fx.errors import PeFxError
+
 Steps = tuple[tuple[type, tuple[str, ...]], ...]
 
-_classes: dict[tuple[type, Steps], type] = {}
+_classes: weakref.WeakValueDictionary[tuple[type, Steps], type] = weakref.WeakValueDictionary()
+"""Those in use: a class that was made for one module, or in a function, goes with it."""
 
 
 class Derived:
@@ -41,12 +45,18 @@ def derive(cls: type, mixin: type[Derived], names: Iterable[str] = ()) -> type:
 def _derived(base: type, steps: Steps) -> type:
     if not steps:
         return base
-    if (base, steps) not in _classes:
-        mixin, names = steps[-1]
-        before = _derived(base, steps[:-1])
-        body = {"__module__": base.__module__, "__doc__": mixin.__doc__, "dense_class": before, "derivation": (base, steps)}
-        _classes[base, steps] = type(f"{mixin.__name__}{before.__name__}", (mixin, before), body | mixin.attributes(names))  # type: ignore[attr-defined]
-    return _classes[base, steps]
+    known = _classes.get((base, steps))
+    if known is not None:
+        return known
+    mixin, names = steps[-1]
+    before = _derived(base, steps[:-1])
+    body = {"__module__": base.__module__, "__doc__": mixin.__doc__, "dense_class": before, "derivation": (base, steps)}
+    try:
+        derived = type(f"{mixin.__name__}{before.__name__}", (mixin, before), body | mixin.attributes(names))  # type: ignore[attr-defined]
+    except Exception as error:  # whatever the class does in __init_subclass__
+        raise PeFxError(f"{base.__name__} cannot be subclassed, as a module with a tied weight must be: {error}") from error
+    _classes[base, steps] = derived
+    return derived
 
 
 def _rebuild(base: type, steps: Steps) -> nn.Module:

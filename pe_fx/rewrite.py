@@ -14,7 +14,8 @@ from pe_fx.channels import call
 from pe_fx.derived import derive
 from pe_fx.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.errors import PeFxError
-from pe_fx.tied import Gain, Layout, Mix, Piece, TiedWeight, View, choose, tie_weight
+from pe_fx.owners import forbidden, owners_in
+from pe_fx.tied import Gain, Layout, Mix, Piece, TiedWeight, View, choose, tie_weight, tied_class
 from pe_fx.ties import Block, Entry, Plan, Ranges, Tie, gain_of, length, overlap, positions, to_ranges
 
 INITS = ("keep", "mean", "reset")
@@ -30,12 +31,20 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
     kept = {name: _kept(ties) for name, ties in targets.items()}
     layouts = {name: _layout(ties, targets, kept) for name, ties in targets.items()}
     owners = {name: _owner(model, name) for tie in plan.ties for name in (tie.target, tie.source)}
+    classes = _new_classes(model, plan)
+    modules = {name: module for entry in plan.entries for name, module in _new_modules(model, entry).items()}
     values = _initial_values(model, plan, init)
     with torch.no_grad():
         for name, value in values.items():
             model.get_parameter(name).copy_(value)
     for entry in plan.entries:
-        _treat_entry(model, entry)
+        if entry.treatment == "expand":
+            model.get_submodule(entry.conv1).in_channels = entry.out  # type: ignore[assignment]
+    for name, new in modules.items():
+        outer, attribute = _owner(model, name)
+        setattr(outer, attribute, new)
+    for module, cls in classes.items():
+        module.__class__ = cls  # type: ignore[assignment]
     for name, ties in targets.items():
         module, attribute = owners[name]
         dense = module._parameters[attribute]
@@ -47,8 +56,22 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
             vars(rest).update(vars(dense))  # marks that a training script may have left on it
         text = "; ".join(tie.text() for tie in ties)
         tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text, plan, name), rest)
-    if targets:
-        choose(model)
+    _take_whole(model, [module for module, _ in owners.values()])
+    choose(model)
+
+
+def _take_whole(model: nn.Module, tied: Iterable[nn.Module]) -> None:
+    """Lets graphs that read weights of these modules read the modules, too: a GraphModule of such a graph takes them as they are."""
+    for gm in (module for module in model.modules() if isinstance(module, fx.GraphModule)):
+        paths = {module: path for path, module in gm.named_modules()}
+        read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+        owners = {name.rpartition(".")[0] for name in read}
+        new = [path for path in dict.fromkeys(paths.get(module, "") for module in tied) if path in owners - read - {""}]
+        if new:
+            with gm.graph.inserting_before(next(node for node in gm.graph.nodes if node.op != "placeholder")):
+                for path in new:
+                    gm.graph.get_attr(path)
+            gm.recompile()
 
 
 def rewrite_graph(gm: fx.GraphModule, plan: Plan, weights: Mapping[str, fx.Node] | None = None) -> None:
@@ -94,9 +117,30 @@ def _record_values(nodes: list[fx.Node]) -> None:
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
-    """Raises `PeFxError` where a weight of the plan is missing or has another shape."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    _compare_shapes(plan, shapes, type(model).__name__)
+    """Raises `PeFxError` where a weight of the plan is missing, has another shape or must be left alone, or a module is missing."""
+    owners = owners_in(model)
+    what = type(model).__name__
+    _compare_shapes(plan, {name: tuple(owner.parameter.shape) for name, owner in owners.items()}, what)
+    for tie in plan.ties:
+        reason = forbidden(tie, owners)
+        if reason is not None:
+            raise PeFxError(f"the plan does not fit this {what}: {reason}")
+    targets = {id(owners[tie.target].parameter): tie.target for tie in plan.ties}
+    for name in (name for tie in plan.ties for name in (tie.target, tie.source)):
+        other = targets.get(id(owners[name].parameter), name)
+        if other != name:
+            raise PeFxError(f"the plan does not fit this {what}: {other} and {name} are one parameter here, two in the plan")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for entry in plan.entries:
+        around = [path for path in modules if path == "" or f"{entry.block}.".startswith(f"{path}.")]
+        if any(isinstance(modules[path], fx.GraphModule) for path in around):
+            raise PeFxError(
+                f"entry={entry.treatment!r} changes what the module {entry.block} computes, which this GraphModule does not call: "
+                "transform the model, then trace it, or use entry='keep'"
+            )
+        for name in (entry.block, entry.conv1, *entry.convs, *entry.norms):
+            if name not in modules:
+                raise PeFxError(f"the plan does not fit this {what}: {name}, a module that entry={entry.treatment!r} treats, is missing")
     for name in (gain_of(tie.target) for tie in plan.ties if tie.gain is not None):
         module, attribute = _owner(model, name)
         if hasattr(module, attribute):
@@ -107,6 +151,10 @@ def _compare_shapes(plan: Plan, shapes: dict[str, tuple[int, ...]], what: str) -
     unknown = [name for tie in plan.ties for name in (tie.target, tie.source) if name not in plan.shapes]
     if unknown:
         raise PeFxError(f"the plan is damaged: it ties {unknown[0]}, but does not say its shape")
+    widened = {entry.conv1 for entry in plan.entries if entry.treatment == "expand"}
+    for block in (block for tie in plan.ties for block in (tie.into, tie.of)):
+        if block.full_shape != plan.shapes[block.name] and block.name.rpartition(".")[0] not in widened:
+            raise PeFxError(f"the plan is damaged: {block.name} is {plan.shapes[block.name]} in it, in a tie {block.full_shape}")
     wrong = [
         f"{name} is {shapes[name]} here, {shape} in the plan" if name in shapes else f"{name} {shape} is missing"
         for name, shape in plan.shapes.items()
@@ -259,19 +307,27 @@ def _index(block: Block, device: torch.device) -> tuple[Tensor, ...]:
     return torch.meshgrid(*(torch.tensor(positions(ranges), device=device) for ranges in block.ranges), indexing="ij")
 
 
-def _treat_entry(model: nn.Module, entry: Entry) -> None:
-    like = model.get_submodule(entry.conv1).weight
-    assert isinstance(like, Tensor)
+def _new_classes(model: nn.Module, plan: Plan) -> dict[nn.Module, type]:
+    """The classes that modules get. A class may refuse to be subclassed, which must show before anything is changed."""
+    blocks = [model.get_submodule(entry.block) for entry in plan.entries if entry.treatment == "expand"]
+    classes = {block: derive(type(block), Widened) for block in blocks}
+    tied: dict[nn.Module, list[str]] = {}
+    for tie in plan.ties:
+        module, attribute = _owner(model, tie.target)
+        tied.setdefault(module, []).append(attribute)
+    return classes | {module: tied_class(classes.get(module, type(module)), module, names) for module, names in tied.items()}
+
+
+def _new_modules(model: nn.Module, entry: Entry) -> dict[str, nn.Module]:
+    """What an entry treatment puts under which name, in the mode of what was there."""
+    like = next(model.get_submodule(entry.conv1).parameters())
     modules: dict[str, nn.Module] = {name: nn.Identity() for name in entry.removed}
     if entry.treatment == "slice":
         modules |= {name: PadShortcut(entry.out, entry.stride) for name in entry.convs}
     else:
         modules |= {name: strided_shortcut(entry.out, entry.stride) for name in entry.convs}
+    modules = {name: module.train(model.get_submodule(name).training) for name, module in modules.items()}
+    if entry.treatment == "expand":
         block = model.get_submodule(entry.block)
-        block.widen = Widen(entry.width, entry.out).to(like).train(block.training)
-        block.__class__ = derive(type(block), Widened)  # type: ignore[assignment]
-        conv1 = model.get_submodule(entry.conv1)
-        conv1.in_channels = entry.out  # type: ignore[assignment]
-    for name, module in modules.items():
-        path, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(path), attribute, module.to(like).train(model.training))
+        modules[f"{entry.block}.widen" if entry.block else "widen"] = Widen(entry.width, entry.out).train(block.training)
+    return {name: module.to(like) for name, module in modules.items()}

@@ -6,12 +6,14 @@ registered, so that every weight has exactly one name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from pe_fx.derived import Derived, derive
 from pe_fx.errors import PeFxError
@@ -157,6 +159,12 @@ class TiedWeight:
     order: list[str] = field(default_factory=list)
 
     def dense(self, owner: nn.Module, name: str) -> Tensor:
+        for module, attribute in self.sources:
+            if module._parameters.get(attribute) is None:
+                raise PeFxError(
+                    f"{name} ← {self.text}: the {attribute} of its source, {type(module).__name__}, is no parameter any more, as after "
+                    "pruning, weight_norm or parametrizing it. Remove that, then pe_fx.untie(model) and prune what that returns"
+                )
         sources = [stored(module, attribute) for module, attribute in self.sources]
         others = [parameter for parameter in owner._parameters.values() if parameter is not None]
         if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *others))):
@@ -180,14 +188,39 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements")
 
 
+class Chosen:
+    """The mark of a module: what of its parameters is tied has been decided, also of those that are in no tie.
+
+    It is kept beside the parameters and not in them, since `load_state_dict(assign=True)` exchanges them and copies of them lose
+    what is marked; with its module it is deep-copied and pickled.
+    """
+
+    marks: ClassVar[weakref.WeakSet[Chosen]] = weakref.WeakSet()
+
+    def __init__(self, parameters: dict[str, nn.Parameter | None]) -> None:
+        self.parameters = parameters
+        self.marks.add(self)
+
+    def __reduce__(self) -> tuple[type[Chosen], tuple[dict[str, nn.Parameter | None]]]:
+        return Chosen, (self.parameters,)
+
+
 def choose(model: nn.Module) -> None:
-    """Marks a model's parameters: what of them is tied has been decided, also of those that are in no tie."""
-    for parameter in model.parameters():
-        vars(parameter)["pe_fx_chosen"] = True
+    """Marks a model's modules: what in them is tied has been decided."""
+    for module in model.modules():
+        if module._parameters:
+            module.__dict__["pe_fx_chosen"] = Chosen(module._parameters)
+
+
+def unchoose(model: nn.Module) -> None:
+    """Takes the marks away again."""
+    for module in model.modules():
+        module.__dict__.pop("pe_fx_chosen", None)
 
 
 def is_chosen(parameter: Tensor) -> bool:
-    return hasattr(parameter, "pe_fx_chosen")
+    """Whether a module that holds it, or the module that this one is a copy of, is marked."""
+    return any(parameter is own for mark in Chosen.marks for own in mark.parameters.values())
 
 
 class Tied(Derived):
@@ -219,11 +252,27 @@ class Tied(Derived):
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
     ) -> None:
         """Weights have the same names and shapes whatever the mix: a state_dict remembers it."""
-        if local_metadata.get("pe_fx_mix", self._mixes()) != self._mixes():
-            errors.append(
-                f"{prefix[:-1]} was saved with another order or other signs (mix) than it has here: tie the model by its own plan"
-            )
+        own = self._mixes()
+        saved = local_metadata.get("pe_fx_mix", own)
+        if saved != own:
+            alike = {name: len(hands) for name, hands in saved.items()} == {name: len(hands) for name, hands in own.items()}
+            difference = "another order or other signs (mix) than it has" if alike else "other weights tied, or other parts of them, than"
+            errors.append(f"{prefix[:-1]} was saved with {difference} here: tie the model by its own plan")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What setting an attribute comes to. Of a tied weight only the part that is stored can be set, as by load_state_dict."""
+        if name in self.tied_weights:
+            kept: Tensor | None = self._parameters.get(name)  # type: ignore[attr-defined]
+            if kept is None or param is None or param.shape != kept.shape:
+                stored = "" if kept is None else f", or the part that is stored here, {tuple(kept.shape)}"
+                raise PeFxError(f"{name} ← {self.tied_weights[name].text} cannot be set: set its source{stored}")
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.tied_weights:
+            raise PeFxError(f"{name} ← {self.tied_weights[name].text} cannot be deleted: pe_fx.untie(model) makes a parameter of it")
+        super().__delattr__(name)
 
     def __prepare_scriptable__(self) -> Any:
         raise PeFxError("torch.jit.script cannot follow a tied weight to its source: use torch.jit.trace, or script pe_fx.untie(model)")
@@ -242,6 +291,8 @@ def _property(name: str) -> property:
         if own is not None and is_sharded(own):
             return own  # FSDP2, between forward passes, looks for its parameter under this name
         tied: TiedWeight = self.tied_weights[name]
+        if is_fx_symbolic_tracing() and (read := _traced(self, name, tied)) is not None:
+            return read  # type: ignore[no-any-return]
         try:
             return tied.dense(self, name)
         except NotImplementedError as error:  # a quantized tensor
@@ -250,8 +301,35 @@ def _property(name: str) -> property:
     return property(dense, doc=f"The dense {name}, computed from what it is tied to.")
 
 
+def _traced(module: nn.Module, name: str, weight: TiedWeight) -> Any:
+    """What torch.fx records of a read, else it would keep the value; None where its graph cannot name the weight.
+
+    The modules are read, too: a GraphModule then takes them as they are, and not their weights alone.
+    """
+    source, attribute = weight.sources[0]
+    parameter = nn.Module.__getattr__(source, attribute)
+    if not isinstance(parameter, fx.Proxy):
+        return None
+    tracer: Any = parameter.tracer
+    try:
+        paths = [tracer.path_of_module(each) for each in (*(source for source, _ in weight.sources), module)]
+    except NameError:  # a module outside of what is traced
+        return None
+    if not all(paths):
+        return None
+    for path in paths:
+        tracer.create_proxy("get_attr", path, (), {})
+    return tracer.create_proxy("get_attr", f"{paths[-1]}.{name}", (), {})
+
+
+def tied_class(cls: type, module: nn.Module, names: Iterable[str]) -> type:
+    """The class, in place of its class `cls`, of a module in which `names` are tied beside those that are."""
+    dense_class: type = module.dense_class if isinstance(module, Tied) else cls
+    return derive(dense_class, Tied, {*module.__dict__.get("tied_weights", ()), *names})
+
+
 def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parameter | None) -> None:
-    """Turns `module.<name>` into a view; of the parameter only `kept` stays, if anything."""
+    """Makes `module.<name>`, whose class is a `tied_class`, a view; of the parameter only `kept` stays, if anything."""
     weight.order = list(module._parameters)
     dense = module._parameters[name]
     assert dense is not None
@@ -262,10 +340,7 @@ def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parame
     factors = [dense.new_full((gain.count,), gain.initial) for gain in weight.layout.gains if gain is not None]
     if factors:
         module._parameters[gain_of(name)] = nn.Parameter(torch.cat(factors), requires_grad=dense.requires_grad)
-    tied_weights = {**getattr(module, "tied_weights", {}), name: weight}
-    dense_class = module.dense_class if isinstance(module, Tied) else type(module)
-    module.__dict__["tied_weights"] = tied_weights
-    module.__class__ = derive(dense_class, Tied, tied_weights)  # type: ignore[assignment]
+    module.__dict__["tied_weights"] = {**module.__dict__.get("tied_weights", {}), name: weight}
 
 
 def untie_weights(module: nn.Module, dense: dict[str, Tensor]) -> None:

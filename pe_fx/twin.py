@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pe_fx.capture import ExampleInputs, as_arguments, capture, first_line, tensors_in
+from pe_fx.capture import ExampleInputs, as_arguments, capture, first_line, rng_restored, tensors_in
 from pe_fx.errors import PeFxError
-from pe_fx.tied import Tied, stored, tied_weights_in, untie_weights
+from pe_fx.tied import Tied, stored, tied_weights_in, unchoose, untie_weights
 from pe_fx.ties import table
 
 TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -30,6 +30,7 @@ def untie(model: nn.Module) -> nn.Module:
     `strict=True`. The entry treatments "slice" and "expand" change what a block computes: their shortcuts stay.
     """
     model = copy.deepcopy(model)
+    unchoose(model)
     tied = [module for module in model.modules() if isinstance(module, Tied)]
     weights = [(module, dict(module.tied_weights)) for module in tied]
     dense = {id(module): {name: weight.dense(module, name).detach().clone() for name, weight in named.items()} for module, named in weights}
@@ -136,7 +137,7 @@ def _without_constants(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.numel() > 1 and bool((parameter == parameter.reshape(-1)[0]).all()):
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter))
     return model
 
 
@@ -153,7 +154,7 @@ def _run(
 ) -> tuple[list[Tensor], dict[str, Tensor | None] | Exception]:
     """Outputs, and the gradients of a random projection of them, or what the backward raises."""
     model.zero_grad(set_to_none=True)
-    with torch.random.fork_rng():
+    with rng_restored(model):
         torch.manual_seed(0)
         outputs = [value for value in tensors_in(model(*args, **kwargs)) if value.is_floating_point()]
         torch.manual_seed(1)

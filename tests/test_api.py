@@ -18,6 +18,8 @@ import pytest
 import torch
 from oracle import Net, assert_hit, linear, ties
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 import pe_fx
 from pe_fx import CaptureError, NoSitesWarning, PeFxError, Plan
@@ -273,6 +275,59 @@ def test_plan_of_another_model(other: nn.Module, message: str, inplace: bool) ->
     assert_untouched(other, before)
 
 
+def frozen(model: nn.Sequential) -> None:
+    model[0].weight.requires_grad_(False)
+
+
+def half(model: nn.Sequential) -> None:
+    model[2].half()
+
+
+def read_elsewhere(model: nn.Sequential) -> None:
+    model[1].other = linear(16, 8)
+    model[1].other.weight = model[2].weight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (frozen, r"0\.weight is frozen, 2\.weight is trained"),
+        (half, r"2\.weight is float16, 0\.weight is float32"),
+        (read_elsewhere, r"2\.weight is one parameter registered in 2 places"),
+    ],
+    ids=["frozen", "dtype", "registered twice"],
+)
+def test_apply_refuses_what_plan_leaves_alone(change: Callable[[nn.Sequential], None], message: str) -> None:
+    plan = pe_fx.plan(mlp(), X)
+    model = mlp()
+    change(model)
+    before = state(model)
+    with pytest.raises(PeFxError, match=message):
+        pe_fx.apply(model, plan, inplace=True)
+    assert_untouched(model, before)
+
+
+def test_two_modules_of_the_plan_are_one_here() -> None:
+    plan = pe_fx.plan(nn.Sequential(mlp(), mlp()), X)
+    model = nn.Sequential(*[mlp()] * 2)
+    before = state(model)
+    with pytest.raises(PeFxError, match=r"[01]\.2\.weight and [01]\.2\.weight are one parameter here"):
+        pe_fx.apply(model, plan, inplace=True)
+    assert_untouched(model, before)
+
+
+class Registered(nn.Linear):
+    def __init_subclass__(cls, *, name: str) -> None: ...
+
+
+def test_class_that_cannot_be_subclassed() -> None:
+    model = nn.Sequential(linear(8, 16), nn.GELU(), Registered(16, 8))
+    before = state(model)
+    with pytest.raises(PeFxError, match=r"Registered cannot be subclassed.*'name'"):
+        pe_fx.transform(model, X, init="mean", inplace=True)
+    assert_untouched(model, before)
+
+
 def test_plan_applied_twice() -> None:
     model = mlp()
     plan = pe_fx.plan(model, X)
@@ -308,6 +363,55 @@ def test_inconsistent_plan(case: str) -> None:
     with pytest.raises(PeFxError, match=r"1\.\d\.weight"):
         pe_fx.apply(model, BROKEN[case](plan, plan.ties[1]), inplace=True)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("block", ["into", "of"])
+def test_a_tie_of_another_full_shape(block: str) -> None:
+    plan = pe_fx.plan(mlp(), X)
+    (site,) = plan.sites
+    (tie,) = site.ties
+    changed = dataclasses.replace(getattr(tie, block), full_shape=(17, 17))
+    damaged = dataclasses.replace(plan, sites=(dataclasses.replace(site, ties=(dataclasses.replace(tie, **{block: changed}),)),))
+    with pytest.raises(PeFxError, match=r"damaged: [02]\.weight is \(\d+, \d+\) in it, in a tie \(17, 17\)"):
+        pe_fx.apply(mlp(), damaged)
+
+
+# ---- tied weights, set and deleted
+
+
+def attention() -> nn.Module:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).chunk(3, -1)
+        return m.proj(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+    return Net(forward, qkv=linear(8, 24), proj=linear(8, 8))
+
+
+@pytest.mark.parametrize("value", [nn.Parameter(torch.ones(24, 8)), nn.Parameter(torch.ones(8, 24)), None], ids=["dense", "other", "None"])
+def test_a_partly_tied_weight_is_set_by_what_is_stored(value: nn.Parameter | None) -> None:
+    x = torch.randn(2, 5, 8)
+    tied = pe_fx.transform(attention(), x)
+    before = tied(x)
+    with pytest.raises(PeFxError, match=r"weight ← qkv\.weight\[8:16\]ᵀ cannot be set: set its source, or .* \(16, 8\)"):
+        tied.qkv.weight = value
+    with pytest.raises(PeFxError, match=r"weight ← qkv\.weight\[0:8\]ᵀ cannot be set: set its source$"):
+        tied.proj.weight = nn.Parameter(torch.ones(8, 8))
+    for module in (tied.qkv, tied.proj):
+        with pytest.raises(PeFxError, match="cannot be deleted"):
+            del module.weight
+    assert torch.equal(tied(x), before)
+    tied.qkv.weight = nn.Parameter(torch.ones(16, 8))
+    assert torch.equal(tied.proj.weight, torch.ones(8, 8))
+    tied.load_state_dict(pe_fx.transform(attention(), x).state_dict(), assign=True)
+    assert pe_fx.verify(tied, x)
+
+
+@pytest.mark.parametrize("change", [lambda m: prune.l1_unstructured(m, "weight", 0.5), weight_norm], ids=["pruned", "weight_norm"])
+def test_a_source_that_is_no_parameter_any_more(change: Callable[[nn.Module], object]) -> None:
+    tied = pe_fx.transform(mlp(), X)
+    change(tied[0])
+    with pytest.raises(PeFxError, match=r"weight ← 0\.weightᵀ: the weight of its source, \w+, is no parameter any more.*pruning"):
+        tied(X)
 
 
 # ---- JSON

@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import os
+import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -349,6 +350,29 @@ def test_frozen_and_shared_weights_are_left_alone(unlowered: list[str]) -> None:
     if pending(twice).sites:
         pe_fx.commit(twice)
     torch.testing.assert_close(twice(X), y)
+
+
+def assigned(model: nn.Module) -> nn.Module:
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    return model
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "itself": lambda model: model,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "assigned": assigned,
+}
+
+
+@pytest.mark.parametrize("include", [["0*"], ["none"]], ids=["some tied", "none tied"])
+@pytest.mark.parametrize("kind", COPIES)
+@pytest.mark.filterwarnings("ignore::pe_fx.NoSitesWarning")
+def test_what_transform_left_dense_stays_so(kind: str, include: list[str], unlowered: list[str]) -> None:
+    model = COPIES[kind](pe_fx.transform(nn.Sequential(mlp(), mlp()), X, include=include))
+    compiled(model[1])(X)
+    assert unlowered
+    assert not pending(model).sites
 
 
 def test_models_of_one_class_share_a_graph_but_not_their_ties(unlowered: list[str]) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +172,127 @@ def test_inplace_on_a_graph_module() -> None:
     gm = symbolic(mlp(), X)
     assert pe_fx.transform(gm, X, inplace=True) is gm
     assert "2.weight" not in gm.state_dict()
+
+
+class Holder(nn.Module):
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, columns) / columns**0.5)
+
+
+class Functional(nn.Module):
+    """Weights that the graph reads itself; those of the attention are rows of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.qkv, self.proj = Holder(16, 8), Holder(8, 16), Holder(24, 8), Holder(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(F.gelu(F.linear(x, self.a.weight)), self.b.weight)
+        q, k, v = F.linear(x, self.qkv.weight).chunk(3, -1)
+        return F.linear(F.scaled_dot_product_attention(q, k, v), self.proj.weight)
+
+
+def pickled(gm: fx.GraphModule) -> fx.GraphModule:
+    copied: fx.GraphModule = pickle.loads(pickle.dumps(gm))
+    return copied
+
+
+def rebuilt(gm: fx.GraphModule) -> fx.GraphModule:
+    gm = copy.deepcopy(gm)
+    return fx.GraphModule(gm, gm.graph)
+
+
+@pytest.mark.parametrize("mix", ["none", "signed"])
+@pytest.mark.parametrize(
+    ("trace", "again"),
+    [
+        (symbolic, copy.deepcopy),
+        (symbolic, pickled),
+        (symbolic, rebuilt),
+        (symbolic, lambda gm: rebuilt(pickled(gm))),
+        (symbolic, lambda gm: fx.symbolic_trace(copy.deepcopy(gm))),
+        (exported, copy.deepcopy),  # no exported graph can be pickled
+        (exported, rebuilt),
+    ],
+    ids=["deepcopy", "pickle", "rebuilt", "pickled and rebuilt", "traced", "exported deepcopy", "exported rebuilt"],
+)
+def test_weights_that_a_graph_reads_stay_tied_in_copies(
+    trace: Callable[[nn.Module, Tensor], fx.GraphModule], again: Callable[[fx.GraphModule], fx.GraphModule], mix: str
+) -> None:
+    tied = pe_fx.transform(trace(Functional(), X), X, mix=mix)
+    assert list(tied.state_dict()) == ["a.weight", "qkv.weight"]
+    copied = again(tied)
+    assert_lints(copied)
+    assert sorted(copied.state_dict()) == ["a.weight", "qkv.weight"]
+    with torch.no_grad():
+        for gm in (tied, copied):
+            for parameter in gm.parameters():
+                parameter.mul_(1.5)
+    for gm in (tied, copied):
+        gm(X).square().sum().backward()
+    torch.testing.assert_close(copied(X), tied(X))
+    for name, parameter in copied.named_parameters():
+        torch.testing.assert_close(parameter.grad, dict(tied.named_parameters())[name].grad)
+    torch.testing.assert_close(pe_fx.untie(copied)(X), tied(X))
+
+
+def test_symbolic_trace_of_a_tied_model_that_reads_weights_itself() -> None:
+    tied = pe_fx.transform(Functional(), X)
+    gm = fx.symbolic_trace(tied)
+    with torch.no_grad():
+        tied.a.weight.mul_(2)
+    torch.testing.assert_close(gm(X), tied(X))
+    assert pe_fx.verify(gm, X)
+
+
+def test_weights_that_a_graph_module_holds_itself() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(16, 8)), nn.Parameter(torch.randn(8, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.gelu(F.linear(x, self.a)), self.b)
+
+    gm = symbolic(Bare(), X)
+    plan = pe_fx.plan(Bare(), X)
+    message = "[ab] is held by a GraphModule itself.*transform the model, then trace it"
+    assert re.search(message, pe_fx.plan(gm, X).explain())
+    with pytest.raises(PeFxError, match=message):
+        pe_fx.apply(gm, plan, inplace=True)
+    assert set(gm.state_dict()) == {"a", "b"}
+
+
+@pytest.mark.parametrize("entry", ["slice", "expand"])
+def test_entry_of_a_graph_module(entry: str) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = bottleneck()
+            self.body[0] = nn.Conv2d(8, 4, 1)
+            self.shortcut = nn.Conv2d(8, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.body(x) + self.shortcut(x))
+
+    with pytest.raises(PeFxError, match=rf"entry='{entry}' changes what the module .* transform the model, then trace it"):
+        pe_fx.transform(symbolic(Residual(), IMAGE[:, :8]), IMAGE[:, :8], entry=entry)
+
+
+def test_a_class_made_for_one_module_goes_with_it() -> None:
+    def build() -> nn.Module:
+        class Local(nn.Linear): ...
+
+        return nn.Sequential(linear(8, 16), nn.GELU(), Local(16, 8))
+
+    tied = pe_fx.transform(build(), X)
+    classes = [weakref.ref(cls) for cls in type(tied[2]).__mro__ if "Local" in cls.__name__]
+    assert len(classes) == 2
+    del tied
+    for _ in range(2):  # first what was derived, then what it was derived from
+        gc.collect()
+    assert [ref() for ref in classes] == [None, None]
 
 
 # ---- graphs whose weights are placeholders

@@ -11,6 +11,7 @@ from oracle import Net, assert_equals_twin, assert_hit, assert_idempotent, ties
 from torch import Tensor, nn
 
 import pe_fx
+from pe_fx import PeFxError
 
 hit = partial(assert_hit, kind="bottleneck")
 
@@ -264,6 +265,28 @@ def test_entry_keeps_the_mode_and_training(entry: str) -> None:
     assert not any(module.training for module in tied.modules())
     tied.train()(NARROW).sum().backward()
     assert all(parameter.grad is not None for parameter in tied.parameters())
+
+
+def test_entry_keeps_the_mode_of_what_it_replaces() -> None:
+    net = stage()
+    net[0].downsample.eval()
+    tied = pe_fx.transform(net, NARROW, entry="expand")
+    assert tied[0].widen.training
+    assert not any(module.training for module in tied[0].downsample.modules())
+
+
+@pytest.mark.parametrize("entry", ["slice", "expand"])
+def test_entry_module_of_another_name(entry: str) -> None:
+    class Renamed(Block):
+        def __init__(self) -> None:
+            super().__init__(IN, 2)
+            self.shortcut = self._modules.pop("downsample")
+
+    net = nn.Sequential(Renamed(), Block(), Block())
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(PeFxError, match=rf"0\.downsample\.0, a module that entry='{entry}' treats, is missing"):
+        pe_fx.apply(net, pe_fx.plan(stage(), NARROW, entry=entry), init="mean", inplace=True)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_pooled_shortcut_is_sliced() -> None:

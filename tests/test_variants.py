@@ -167,6 +167,17 @@ def test_a_state_dict_remembers_the_mix() -> None:
     copy.deepcopy(signed).load_state_dict(saved)
 
 
+def test_a_state_dict_of_other_ties_is_told_as_such() -> None:
+    def build() -> Net:
+        weights = {name: torch.randn(8, 8) for name in "abcd"}
+        return Net(lambda m, x: ((x @ m.a).relu() @ m.b @ m.c).relu() @ m.d, **weights)
+
+    both, one = pe_fx.transform(build(), X), pe_fx.transform(build(), X, include=["a"])
+    assert (set(both.tied_weights), set(one.tied_weights)) == ({"b", "d"}, {"b"})
+    with pytest.raises(RuntimeError, match="was saved with other weights tied, or other parts of them, than here"):
+        one.load_state_dict(both.state_dict())
+
+
 def test_a_gain_of_the_models_own_stays() -> None:
     model = mlp()
     model[2].register_parameter("weight_gain", nn.Parameter(torch.ones(3)))

@@ -1,0 +1,59 @@
+"""Where a model holds its parameters, and which ties these forbid, whatever the graph says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from pe_fx.ties import Tie
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A parameter, or the value that stands for it in a graph; the module that holds it; and in how many places it is held."""
+
+    parameter: Tensor
+    module: nn.Module | None = None
+    places: int = 1
+
+
+def owners_in(model: nn.Module) -> dict[str, Owner]:
+    """The owner of every parameter, under each of its names."""
+    places = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    return {
+        f"{path}.{attribute}" if path else attribute: Owner(parameter, module, places[id(parameter)])
+        for path, module in model.named_modules(remove_duplicate=False)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def forbidden(tie: Tie, owners: Mapping[str, Owner]) -> str | None:
+    """Why the weights themselves forbid a tie; None where they do not."""
+    target, source = owners.get(tie.target), owners.get(tie.source)
+    if target is None or source is None:
+        return None
+    for name, owner in ((tie.target, target), (tie.source, source)):
+        if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
+            return f"{name} is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
+        if isinstance(owner.module, fx.GraphModule):
+            return f"{name} is held by a GraphModule itself, which every copy rebuilds from its graph: transform the model, then trace it"
+    if target.places > 1:
+        return f"{tie.target} is one parameter registered in {target.places} places: tied here, it would be untied there"
+    a, b = target.parameter, source.parameter
+    if a.requires_grad != b.requires_grad:
+        frozen, trained = (tie.target, tie.source) if b.requires_grad else (tie.source, tie.target)
+        return f"{frozen} is frozen, {trained} is trained: set requires_grad alike"
+    if a.dtype != b.dtype:
+        return f"{tie.target} is {_dtype(a.dtype)}, {tie.source} is {_dtype(b.dtype)}"
+    if a.device != b.device:
+        return f"{tie.target} is on {a.device}, {tie.source} on {b.device}"
+    return None
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
