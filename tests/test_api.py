@@ -371,8 +371,8 @@ def test_a_tie_of_another_full_shape(block: str) -> None:
     (site,) = plan.sites
     (tie,) = site.ties
     changed = dataclasses.replace(getattr(tie, block), full_shape=(17, 17))
-    damaged = dataclasses.replace(plan, sites=(dataclasses.replace(site, ties=(dataclasses.replace(tie, **{block: changed}),)),))
-    with pytest.raises(PeFxError, match=r"damaged: [02]\.weight is \(\d+, \d+\) in it, in a tie \(17, 17\)"):
+    with pytest.raises(PeFxError, match=r"[02]\.weight is \(\d+, \d+\).*\(17, 17\)"):
+        damaged = dataclasses.replace(plan, sites=(dataclasses.replace(site, ties=(dataclasses.replace(tie, **{block: changed}),)),))
         pe_fx.apply(mlp(), damaged)
 
 

@@ -231,10 +231,10 @@ def test_weights_that_a_graph_reads_stay_tied_in_copies(
                 parameter.mul_(1.5)
     for gm in (tied, copied):
         gm(X).square().sum().backward()
-    torch.testing.assert_close(copied(X), tied(X))
+    torch.testing.assert_close(copied(X), tied(X), rtol=1e-4, atol=1e-4)
     for name, parameter in copied.named_parameters():
-        torch.testing.assert_close(parameter.grad, dict(tied.named_parameters())[name].grad)
-    torch.testing.assert_close(pe_fx.untie(copied)(X), tied(X))
+        torch.testing.assert_close(parameter.grad, dict(tied.named_parameters())[name].grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pe_fx.untie(copied)(X), tied(X), rtol=1e-4, atol=1e-4)
 
 
 def test_symbolic_trace_of_a_tied_model_that_reads_weights_itself() -> None:
