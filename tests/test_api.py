@@ -371,9 +371,9 @@ def test_a_tie_of_another_full_shape(block: str) -> None:
     (site,) = plan.sites
     (tie,) = site.ties
     changed = dataclasses.replace(getattr(tie, block), full_shape=(17, 17))
+    damaged = dataclasses.replace(site, ties=(dataclasses.replace(tie, **{block: changed}),))
     with pytest.raises(PeFxError, match=r"[02]\.weight is \(\d+, \d+\).*\(17, 17\)"):
-        damaged = dataclasses.replace(plan, sites=(dataclasses.replace(site, ties=(dataclasses.replace(tie, **{block: changed}),)),))
-        pe_fx.apply(mlp(), damaged)
+        pe_fx.apply(mlp(), dataclasses.replace(plan, sites=(damaged,)))
 
 
 # ---- tied weights, set and deleted
