@@ -16,7 +16,7 @@ from torch import fx, nn
 from pe_fx.capture import Captured, ExampleInputs, capture, value_of
 from pe_fx.channels import tracing
 from pe_fx.entry import widen_params
-from pe_fx.errors import NoSitesWarning, PeFxError
+from pe_fx.errors import NoSitesWarning, PeFxError, check_one_of
 from pe_fx.flow import Flow
 from pe_fx.owners import Owner, forbidden, owners_in
 from pe_fx.passes import DEFAULT_RULES, Rule, find
@@ -143,7 +143,7 @@ def transform(
 
     Source: O. C. Koyun, B. U. Töreyin, arXiv 2401.16438.
     """
-    _one_of("init", init, INITS)
+    check_one_of("init", init, INITS)
     made = plan(model, example_inputs, rules=rules, share=share, entry=entry, include=include, exclude=exclude, mix=mix, gain=gain)
     if not made.sites and not any(isinstance(module, Tied) for module in model.modules()):
         detail = f" ({len(made.misses)} near misses: {made.misses[0].reason}, …)" if made.misses else ""
@@ -169,7 +169,7 @@ def apply(model: nn.Module, plan: Plan, *, init: str = "keep", inplace: bool = F
     Raises `PeFxError`, before anything is changed, where the plan's weights are not in the model, have other shapes, or are such
     that `plan` would leave them alone: frozen beside a trained one, of another dtype or device, used in other places too.
     """
-    _one_of("init", init, INITS)
+    check_one_of("init", init, INITS)
     result = model if inplace else copy.deepcopy(model)
     if isinstance(result, fx.GraphModule) and not any(True for _ in result.parameters()):
         rewrite_graph(result, plan)
@@ -183,7 +183,7 @@ def _checked_rules(rules: Sequence[str | Rule]) -> tuple[Rule, ...]:
     chosen = []
     for rule in (rules,) if isinstance(rules, str) else rules:
         if isinstance(rule, str):
-            _one_of("rules", rule, KINDS)
+            check_one_of("rules", rule, KINDS)
             rule = by_kind[rule]
         elif not hasattr(rule, "match") or not hasattr(rule, "kind"):
             raise PeFxError(f"rules: {rule!r} is neither one of {', '.join(KINDS)} nor an object with `kind` and `match(flow)`")
@@ -194,14 +194,14 @@ def _checked_rules(rules: Sequence[str | Rule]) -> tuple[Rule, ...]:
 def _checked_options(
     *, share: Sequence[str], entry: str, include: Sequence[str] | None, exclude: Sequence[str] | None, mix: str, gain: bool | float | None
 ) -> dict[str, Any]:
-    _one_of("entry", entry, ENTRIES)
-    _one_of("mix", mix, MIXES)
+    check_one_of("entry", entry, ENTRIES)
+    check_one_of("mix", mix, MIXES)
     if gain is not None and not (isinstance(gain, (bool, int, float)) and math.isfinite(gain)):
         raise PeFxError(f"gain={gain!r} must be True, False or the number at which the learned factors start")
     if isinstance(share, str):
         raise PeFxError(f"share={share!r} must be a tuple of kinds: share=({share!r},)")
     for kind in share:
-        _one_of("share", kind, KINDS)
+        check_one_of("share", kind, KINDS)
     for option, globs in (("include", include), ("exclude", exclude)):
         if isinstance(globs, str):
             raise PeFxError(f"{option}={globs!r} must be a list of globs: {option}=[{globs!r}]")
@@ -213,11 +213,6 @@ def _checked_options(
         "mix": mix,
         "gain": GAIN if gain is True else None if gain is False else gain,
     }
-
-
-def _one_of(option: str, value: str, valid: Iterable[str]) -> None:
-    if value not in tuple(valid):
-        raise PeFxError(f"{option}={value!r} is unknown; choose from {', '.join(map(repr, valid))}")
 
 
 def canonical(captured: Captured, model: nn.Module) -> Captured:

@@ -219,14 +219,12 @@ def _spell_out_writes(graph: fx.Graph) -> None:
     for node in list(order):
         if not (node.op.startswith("call") and is_in_place(node) and isinstance(node.args[0], fx.Node)):
             continue
-        chain = [node.args[0]]
-        while may_alias(chain[-1]) and isinstance(chain[-1].args[0], fx.Node):
-            chain.append(chain[-1].args[0])
+        chain = memory_chain(node.args[0])
         same = {value for value in chain if written_whole(value, node)}
         stale = set(chain) - same
         if chain[-1] in same:  # all of it was written, and all that was made of it before
             stale |= {value for value in _aliases(chain[-1]) if order[value] < order[node]} - set(chain)
-        for value in stale:
+        for value in sorted(stale, key=order.__getitem__):
             readers = [user for user in value.users if order[user] > order[node]]
             if not readers or not isinstance(value_of(value), Tensor):
                 continue
@@ -252,19 +250,21 @@ def written_whole(value: fx.Node, by: fx.Node, reshaped: bool = False) -> bool:
     return old.numel() == new.numel() if reshaped else old.shape == new.shape
 
 
-def memory_of(value: fx.Node) -> fx.Node:
-    """The value in whose memory another lies."""
-    while may_alias(value) and isinstance(value.args[0], fx.Node):
-        value = value.args[0]
-    return value
+def memory_chain(value: fx.Node) -> list[fx.Node]:
+    """The value, what it is a view of, and so on to the value in whose memory all of them lie."""
+    chain = [value]
+    while may_alias(chain[-1]) and isinstance(chain[-1].args[0], fx.Node):
+        chain.append(chain[-1].args[0])
+    return chain
 
 
 def _aliases(value: fx.Node) -> set[fx.Node]:
     found: set[fx.Node] = set()
     stack = [value]
     while stack:
-        for user in stack.pop().users:
-            if may_alias(user) and user.args[0] in (value, *found) and user not in found:
+        current = stack.pop()
+        for user in current.users:
+            if may_alias(user) and user.args[0] is current and user not in found:
                 found.add(user)
                 stack.append(user)
     return found

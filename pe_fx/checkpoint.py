@@ -15,19 +15,16 @@ from torch import Tensor, nn
 
 from pe_fx.api import apply
 from pe_fx.capture import first_line
-from pe_fx.errors import PeFxError
+from pe_fx.errors import PeFxError, check_one_of
 from pe_fx.files import whole_file
 from pe_fx.held import held_plan, uncompiled
 from pe_fx.rewrite import INITS
-from pe_fx.tied import is_sharded
+from pe_fx.tied import MIX, is_sharded
 from pe_fx.ties import Plan
 from pe_fx.twin import untie
 
 PLAN = "pe_fx_plan"
 """The key of the plan in a file's metadata."""
-
-MIX = "pe_fx_mix"
-"""The key of the mix in what a state_dict tells of a tied module."""
 
 
 def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -94,8 +91,7 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
         PeFxError: the file is damaged, its plan or mix does not fit, or a tensor is missing, unexpected or of another shape or kind.
         OSError: it cannot be read. In both cases the model is left as it was.
     """
-    if init not in INITS:
-        raise PeFxError(f"init={init!r} is unknown; choose from {', '.join(map(repr, INITS))}")
+    check_one_of("init", init, INITS)
     path = Path(path)
     values, plan = _read(path)
     held = held_plan(uncompiled(model))

@@ -1,5 +1,9 @@
 """What pe_fx raises and warns with."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class PeFxError(Exception):
     """Every error of pe_fx; its text names the weights and shapes and says what to do."""
@@ -11,3 +15,9 @@ class CaptureError(PeFxError):
 
 class NoSitesWarning(UserWarning):
     """Nothing in the model could be tied, so it was left as it is."""
+
+
+def check_one_of(option: str, value: str, valid: Iterable[str]) -> None:
+    """Raises `PeFxError` for a value that the option does not take."""
+    if value not in tuple(valid):
+        raise PeFxError(f"{option}={value!r} is unknown; choose from {', '.join(map(repr, valid))}")

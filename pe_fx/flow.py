@@ -12,7 +12,7 @@ from typing import Any
 import networkx as nx
 from torch import Tensor, fx
 
-from pe_fx.capture import Captured, memory_of, value_of, written_whole
+from pe_fx.capture import Captured, memory_chain, value_of, written_whole
 from pe_fx.channels import Channels, numbered, transfer
 from pe_fx.operation import Op, is_floating, is_tensor, shape_of
 from pe_fx.ops import GATHERS, KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place
@@ -246,7 +246,7 @@ def live_operands(graph: fx.Graph, effects: bool = False) -> dict[fx.Node, list[
         resolved[node] = _in_order(node, latest)
         if node.op.startswith("call") and is_in_place(node) and isinstance(node.args[0], fx.Node):
             _rename_written(node, latest)
-            if effects and not memory_of(node.args[0]).op.startswith("call"):
+            if effects and not memory_chain(node.args[0])[-1].op.startswith("call"):
                 written.append(node)
     output = next(iter(graph.find_nodes(op="output")))
     resolved[output] += [node for node in written if node not in resolved[output]]

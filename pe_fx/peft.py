@@ -9,7 +9,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from pe_fx.errors import PeFxError
-from pe_fx.tied import Tied
+from pe_fx.tied import tied_weights_in
 
 
 def check_merge(tuner: BaseTuner) -> None:
@@ -52,9 +52,10 @@ def check_copies(model: nn.Module) -> None:
 
 def _in_ties(model: nn.Module) -> set[int]:
     """The modules that hold a tied weight or the source of one."""
-    tied = [module for module in model.modules() if isinstance(module, Tied)]
-    sources = {id(source) for module in tied for weight in module.tied_weights.values() for source, _ in weight.sources}
-    return sources | {id(module) for module in tied}
+    found = set()
+    for _, module, _, weight in tied_weights_in(model):
+        found |= {id(module), *(id(source) for source, _ in weight.sources)}
+    return found
 
 
 _check_merge_allowed = BaseTuner._check_merge_allowed

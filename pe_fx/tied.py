@@ -188,6 +188,10 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements")
 
 
+MIX = "pe_fx_mix"
+"""The key of the mix in what a state_dict tells of a tied module."""
+
+
 class Chosen:
     """The mark of a module: what of its parameters is tied has been decided, also of those that are in no tie.
 
@@ -246,14 +250,14 @@ class Tied(Derived):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["pe_fx_mix"] = self._mixes()
+            destination._metadata[prefix[:-1]][MIX] = self._mixes()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
     ) -> None:
         """Weights have the same names and shapes whatever the mix: a state_dict remembers it."""
         own = self._mixes()
-        saved = local_metadata.get("pe_fx_mix", own)
+        saved = local_metadata.get(MIX, own)
         if saved != own:
             alike = {name: len(hands) for name, hands in saved.items()} == {name: len(hands) for name, hands in own.items()}
             difference = "another order or other signs (mix) than it has" if alike else "other weights tied, or other parts of them, than"
