@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,7 @@ class Part:
 
     op: Op
     weight: Weight
-    channels: tuple[int, ...]
+    channels: Sequence[int]
 
     @functools.cached_property
     def block(self) -> Block:
@@ -218,7 +218,7 @@ def _output(flow: Flow, core: Core, v: Part | None) -> Part | None:
         arrived = channels_along(end.tags, op.in_axis) if end.tags is not None else None
         if arrived is None:
             return None
-        return Part(op, op.weight, tuple(range(op.weight.outputs)))
+        return Part(op, op.weight, range(op.weight.outputs))
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pe_fx.channels import Channels, arriving, channels_along, channels_in
@@ -56,7 +56,7 @@ class _Branch:
     state: Channels
 
     @property
-    def channels(self) -> tuple[int, ...]:
+    def channels(self) -> Sequence[int]:
         return channels_in(self.state.tags) or ()
 
 
@@ -101,10 +101,9 @@ def _unit(flow: Flow, last: Op) -> _Unit | None:
     )
     if first is None or second is None or source_along(first.op, _ELEMENTWISE) is not source_along(second.op, _ELEMENTWISE):
         return None
-    own = [set(branch.channels) for branch in (first, second)]
     if last.weight.name in (first.weight.name, second.weight.name):
         return None  # tied already
-    if first.op is second.op and not own[0].isdisjoint(own[1]):
+    if first.op is second.op and not set(first.channels).isdisjoint(second.channels):
         return None  # x * sigmoid(x) is one activation, not a gate
     return _Unit(first, second, product, last, last.weight, across)
 

@@ -59,7 +59,7 @@ def _pairs(flow: Flow, claimed: int, carriers: int) -> tuple[Pair, ...]:
         if _is_matrix(first) and first not in flow.carriers and not _is_claimed(flow, first):
             second = following(flow, first)
             if second is not None and not _is_claimed(flow, second):
-                found.append(Pair(first, second, tuple(flow.between(first, second))))
+                found.append(Pair(first, second, flow.between(first, second)))
     return tuple(found)
 
 
@@ -130,7 +130,7 @@ def _channel_obstacle(pair: Pair, state: Channels) -> str | None:
     if not lies_along(state.tags, pair.second.in_axis):
         return f"{second.name} works on another axis than the one that {first.name} makes, or a reshape between them mixes it"
     arrived = channels_along(state.tags, pair.second.in_axis)
-    straight = arrived == tuple(range(first.outputs)) and first.is_straight and second.is_straight
+    straight = arrived == range(first.outputs) and first.is_straight and second.is_straight
     if state.blended:
         return f"the hidden channels of {first.name} are combined with one another before {second.name}"
     if not straight and not (state.mixed and arrived is not None and len(set(arrived)) == second.inputs):
@@ -205,7 +205,7 @@ def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
     """The next weights after `first`, and whether all of it goes there and nothing else."""
     for op in flow.enclosed(first):
         if op.weight is not None and not op.is_depthwise:
-            yield Pair(first, op, tuple(flow.between(first, op))), True
+            yield Pair(first, op, flow.between(first, op)), True
         if op.is_projection:
             return
     if not _is_matrix(first) or _is_claimed(flow, first):
@@ -213,7 +213,7 @@ def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
     for op in flow.forward(first, _HARMLESS, lambda op: op.is_projection or not flow.dominates(first, op)):
         if op.is_projection and op.weight is not None and flow.dominates(first, op):
             pair = Pair(first, op, ())
-            yield dataclasses.replace(pair, region=tuple(flow.between(first, op))) if pair.is_transposed else pair, False
+            yield dataclasses.replace(pair, region=flow.between(first, op)) if pair.is_transposed else pair, False
 
 
 def _near_reason(flow: Flow, pair: Pair, closed: bool) -> str | None:

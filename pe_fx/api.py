@@ -54,7 +54,8 @@ def plan(
     chosen = _checked_rules(rules)
     options = _checked_options(share=share, entry=entry, include=include, exclude=exclude, mix=mix, gain=gain)
     captured = example_inputs if isinstance(example_inputs, Captured) else capture(model, example_inputs)
-    captured = canonical(captured, model)
+    owners = owners_in(model)
+    captured = canonical(captured, owners)
     kinds = {rule.kind for rule in chosen}
 
     def wanted(found: Site | Miss) -> bool:
@@ -64,13 +65,13 @@ def plan(
     with tracing():
         flow = Flow(captured)
         sites, misses = find(flow, (*custom, *DEFAULT_RULES))
-        owners = {name: Owner(value_of(node)) for node, name in captured.weights.items()} | owners_in(model)
+        owners = {name: Owner(value_of(node), name) for node, name in captured.weights.items()} | owners
         sites, refused = _tieable(filter(wanted, sites), owners)
         misses = [miss for miss in (*misses, *refused) if wanted(miss)]
         sites, misses = share_stages(flow, sites, misses, share, entry, wanted, functools.partial(_trait, owners))
     sites, refused = _tieable(sites, owners)
     sites = vary(sites, mix, options["gain"])
-    shapes = captured.shapes() | {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = captured.shapes() | {owner.name: tuple(owner.parameter.shape) for owner in owners.values()}
     misses = list(dict.fromkeys((*misses, *refused)))
     return plan_of(sites, shapes, misses, {"rules": tuple(rule.kind for rule in chosen)} | options)
 
@@ -215,13 +216,10 @@ def _checked_options(
     }
 
 
-def canonical(captured: Captured, model: nn.Module) -> Captured:
+def canonical(captured: Captured, owners: Mapping[str, Owner]) -> Captured:
     """Names each weight by its first name: a module registered twice has one name in the plan."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return Captured(
-        captured.graph, {node: every.get(name, name) for node, name in captured.weights.items()}, captured.inputs, captured.example_inputs
-    )
+    weights = {node: owners[name].name if name in owners else name for node, name in captured.weights.items()}
+    return replace(captured, weights=weights)
 
 
 def _selected(found: Site | Miss, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:

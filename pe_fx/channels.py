@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from pe_fx.capture import value_of
 from pe_fx.operation import Op, factors, is_floating, number, product_labels, shape_of
-from pe_fx.ops import Kind, writes
+from pe_fx.ops import RESHAPES, Kind, writes
 from pe_fx.ties import Shape
 
 Remembered = TypeVar("Remembered", bound=Callable[..., Any])
@@ -80,7 +81,7 @@ def arriving(states: dict[Op, Channels], op: Op) -> Channels:
 
 
 @remembered
-def channels_along(tags: Any, axis: int) -> tuple[int, ...] | None:
+def channels_along(tags: Any, axis: int) -> Sequence[int] | None:
     """The channel at each position of `axis`; None where it depends on the other axes too, is not of the origin, or is a pair.
 
     >>> channels_along(torch.tensor([[3.0, 1.0], [3.0, 0.0]]), 1)
@@ -93,18 +94,25 @@ def channels_along(tags: Any, axis: int) -> tuple[int, ...] | None:
     largest = flat.amax(0)
     if not bool(((flat == largest) | (flat == 0)).all()) or not bool((largest > 0).all()):
         return None
-    return tuple((largest.long() - 1).tolist())
+    return _listed(largest.long() - 1)
 
 
 @remembered
-def channels_in(tags: Any) -> tuple[int, ...] | None:
+def channels_in(tags: Any) -> Sequence[int] | None:
     """All channels of the origin that a value holds, sorted; None where it holds anything else (beside padding)."""
     if not isinstance(tags, Tensor) or tags.is_complex():
         return None
     present = torch.unique(_shrink(tags)).long() - 1  # type: ignore[no-untyped-call]
     if present[0] < -1 or present[-1] < 0:
         return None
-    return tuple(present[present >= 0].tolist())
+    return _listed(present[present >= 0])
+
+
+def _listed(numbers: Tensor) -> Sequence[int]:
+    """The numbers, as a range where they are consecutive: those are compared at no cost."""
+    found = numbers.tolist()
+    consecutive = range(found[0], found[0] + len(found)) if found else range(0)
+    return consecutive if found == list(consecutive) else tuple(found)
 
 
 @remembered
@@ -140,6 +148,12 @@ def numbered(shape: Shape, axis: int) -> Tensor:
 
 
 @remembered
+def _fresh(shape: Shape, axis: int, index: int) -> Tensor:
+    """The tags of channels that are the mixture of others, made by the operation of this index."""
+    return expand_along(torch.arange(1.0, shape[axis] + 1, dtype=torch.float64) + 2.0**24 * (index + 1), shape, axis)
+
+
+@remembered
 def nothing_in(shape: Shape) -> Tensor:
     """The tags of a value that holds no channel of the origin."""
     return torch.zeros(1, dtype=torch.float64).expand(shape)
@@ -155,9 +169,12 @@ def expand_along(values: Tensor, shape: Shape, axis: int) -> Tensor:
 def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: bool) -> Channels:
     known = [states[source] for source in op.inputs if source in states]
     carrying = [state for state in known if state.tags is not None and not state.uniform]
-    activations = max((state.activations for state in carrying), default=0)
-    mixed = any(state.mixed for state in known)
-    blended = any(state.blended for state in carrying)
+    activations, mixed, blended = 0, False, False
+    for state in known:
+        mixed |= state.mixed
+    for state in carrying:
+        activations = max(activations, state.activations)
+        blended |= state.blended
     keep = functools.partial(Channels, activations=activations, mixed=mixed, uniform=not carrying, blended=blended)
     lost = functools.partial(Channels, None)
     if not known:
@@ -202,8 +219,7 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
     if op.kind is Kind.CONV or (op.is_projection and op in carriers):
         if op.weight is None or not lies_along(first.tags, op.in_axis):
             return lost(lost=f"{op.name} over another axis")
-        fresh = torch.arange(1.0, op.shape[op.out_axis] + 1, dtype=torch.float64) + 2.0**24 * (op.index + 1)
-        return Channels(expand_along(fresh, op.shape, op.out_axis), activations + (op in carriers), True)
+        return Channels(_fresh(op.shape, op.out_axis, op.index), activations + (op in carriers), True)
     if op.is_projection and loosely and op.in_axis % len(op.shape) not in varying_axes(first.tags):
         tags = _resampled(first.tags, op.shape)
         return lost(lost=op.name) if tags is None else keep(tags)
@@ -270,6 +286,11 @@ def moved(op: Op, states: dict[Op, Channels]) -> Any:
     """Runs a view on the tags; None where it fails, or where it goes by positions that only the model's run will tell."""
     if any(isinstance(value, FakeTensor) and not is_floating(value) for value in map(value_of, op.node.all_input_nodes[1:])):
         return None
+    changes_type = any(isinstance(argument, torch.dtype) for argument in (*op.node.args, *op.node.kwargs.values()))
+    if op.name in RESHAPES and op.operands[0] in states and not changes_type:
+        return _reshaped(states[op.operands[0]].tags, op.shape)
+    if op.name == "roll" and op.operands[0] in states and _rolled_axes(op).isdisjoint(varying_axes(states[op.operands[0]].tags)):
+        return states[op.operands[0]].tags
     order = iter(op.operands)
 
     def tags_of(node: fx.Node) -> Any:
@@ -301,6 +322,45 @@ def _viewed(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with contextlib.suppress(RuntimeError, TypeError, IndexError, NotImplementedError):
             return pytree.tree_map(_lazy, call(target, args, kwargs))
     return None
+
+
+@remembered
+def _reshaped(tags: Any, shape: Shape) -> Tensor | None:
+    """The tags in another shape; where they repeat along axes that are reshaped by themselves, still in no memory.
+
+    >>> _reshaped(torch.arange(2.0)[:, None, None].expand(2, 3, 4), (2, 12)).stride()
+    (1, 0)
+    """
+    if not isinstance(tags, Tensor) or tags.numel() != math.prod(shape):
+        return None
+    small = list(shape)
+    for old, new in _regrouped(tags.shape, shape) if tags.numel() else ():
+        if all(tags.stride(axis) == 0 or tags.shape[axis] == 1 for axis in old):
+            for axis in old:
+                tags = tags.narrow(axis, 0, 1)
+            for axis in new:
+                small[axis] = 1
+    return _lazy(tags.reshape(small)).expand(shape)
+
+
+def _regrouped(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """The shortest runs of axes that hold as many entries in both shapes.
+
+    >>> list(_regrouped((2, 3, 4), (6, 2, 2)))
+    [(range(0, 2), range(0, 1)), (range(2, 3), range(1, 3))]
+    """
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first, second = i, j
+        entries = others = 1
+        while entries != others or (i, j) == (first, second):
+            if j == len(new) or (entries <= others and i < len(old)):
+                entries *= old[i]
+                i += 1
+            else:
+                others *= new[j]
+                j += 1
+        yield range(first, i), range(second, j)
 
 
 def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -347,6 +407,13 @@ def _padded_axes(op: Op) -> set[int]:
     """The axes that padding widens or narrows; its amounts are given from the last axis on."""
     amounts: Any = op.node.args[1]
     return {len(op.shape) - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0}
+
+
+def _rolled_axes(op: Op) -> set[int]:
+    """The axes along which a roll moves entries: all, where it names none."""
+    dims: Any = op.node.kwargs.get("dims", op.node.args[2] if len(op.node.args) > 2 else ())
+    rank = len(op.shape)
+    return {dim % rank for dim in ((dims,) if isinstance(dims, int) else dims)} or set(range(rank))
 
 
 def _pooled_axes(op: Op) -> set[int]:

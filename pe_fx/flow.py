@@ -7,6 +7,7 @@ chunk of `in_proj_weight`, a standardised kernel, a rotary table) is folded into
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import networkx as nx
@@ -30,6 +31,7 @@ class Flow:
         self.claimed: dict[str, str] = {}
         self.carriers: set[Op] = set()
         self._of_node: dict[fx.Node, Op] = {}
+        self._between: dict[tuple[Op, Op], tuple[Op, ...]] = {}
         self._traces: dict[tuple[Op, int], dict[Op, Channels]] = {}  # carriers only grow: their number tells their set
         self._build(captured)
         self._dominance()
@@ -51,11 +53,12 @@ class Flow:
         for node, operands in resolved.items():
             if not reached.isdisjoint(operands):
                 reached.add(node)
-            if node is output or not self._is_value(node, operands, captured, reached):
-                if base_name(node) in GATHERS:  # a value that chooses rows of a table is read there
+            name = base_name(node) if node.op.startswith("call") else ""
+            if not self._is_value(node, name, operands, captured, reached):
+                if name in GATHERS:  # a value that chooses rows of a table is read there
                     chosen_by += [self._of_node[operand] for operand in operands if operand in self._of_node]
                 continue
-            op = self._op(node, operands, static)
+            op = self._op(node, name, operands, static)
             self.ops.append(op)
             self._of_node[node] = op
             op.parameters = tuple(name for operand in operands if operand not in self._of_node for name in static.parameters(operand))
@@ -71,20 +74,19 @@ class Flow:
             for source in dict.fromkeys(op.inputs):
                 self.users[source].append(op)
 
-    def _is_value(self, node: fx.Node, operands: list[fx.Node], captured: Captured, reached: set[fx.Node]) -> bool:
+    def _is_value(self, node: fx.Node, name: str, operands: list[fx.Node], captured: Captured, reached: set[fx.Node]) -> bool:
         if node.op == "placeholder":
             return node in captured.inputs and is_floating(value_of(node))
-        if not is_tensor(value_of(node)):
+        if node.op == "output" or not is_tensor(value_of(node)):
             return False
-        kind = KINDS.get(base_name(node)) if node.op.startswith("call") else None
+        kind = KINDS.get(name)
         if kind in (Kind.PROJECTION, Kind.CONV) or (kind is Kind.LOOKUP and node in reached):
             return True
-        if base_name(node) in GATHERS:  # which rows of a table are taken makes them no value of another origin
+        if name in GATHERS:  # which rows of a table are taken makes them no value of another origin
             return operands[0] in self._of_node
-        return kind is not Kind.CONSTANT and any(operand in self._of_node for operand in operands)
+        return kind is not Kind.CONSTANT and not self._of_node.keys().isdisjoint(operands)
 
-    def _op(self, node: fx.Node, operands: list[fx.Node], static: Static) -> Op:
-        name = base_name(node) if node.op.startswith("call") else ""
+    def _op(self, node: fx.Node, name: str, operands: list[fx.Node], static: Static) -> Op:
         kind = KINDS.get(name, Kind.OTHER) if name else Kind.INPUT
         values = tuple(self._of_node.get(operand) for operand in operands)
         if name in SHAPE_OF_SECOND:
@@ -149,20 +151,22 @@ class Flow:
                 return
             yield after
 
-    def between(self, start: Op, end: Op) -> list[Op]:
+    def between(self, start: Op, end: Op) -> tuple[Op, ...]:
         """The operations on the ways from `start` to `end`, both left out, in order."""
-        back: set[Op] = set()
-        stack = [end]
-        while stack:
-            for source in stack.pop().inputs:
-                if source.index > start.index and source not in back:
-                    back.add(source)
-                    stack.append(source)
-        derived = {start}
-        for op in sorted(back, key=lambda op: op.index):
-            if any(source in derived for source in op.inputs):
-                derived.add(op)
-        return sorted(derived - {start}, key=lambda op: op.index)
+        if (start, end) not in self._between:
+            back: set[Op] = set()
+            stack = [end]
+            while stack:
+                for source in stack.pop().inputs:
+                    if source.index > start.index and source not in back:
+                        back.add(source)
+                        stack.append(source)
+            derived = {start}
+            for op in sorted(back, key=attrgetter("index")):
+                if not derived.isdisjoint(op.inputs):
+                    derived.add(op)
+            self._between[start, end] = tuple(sorted(derived - {start}, key=attrgetter("index")))
+        return self._between[start, end]
 
     def reaches(self, start: Op, end: Op) -> bool:
         seen, stack = {start}, [start]

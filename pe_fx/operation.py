@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import string
 import traceback
 from collections.abc import Iterable, Sequence
@@ -23,9 +22,10 @@ from pe_fx.ties import Block, Shape, length
 class Weight:
     """The parameter behind a weight operand.
 
-    `rows[i]` is the position along the parameter's dimension `out_dim` that holds output channel i; `in_dim` is the dimension
-    of the input channels. `kernel` is the spatial extent of a convolution, () for a linear. The operand is a view of the parameter
-    or calculated from it as in weight standardisation; if by anything else, `opaque` names the operation.
+    `rows[i]` is the position along the parameter's dimension `out_dim` that holds output channel i (a range where these are
+    consecutive); `in_dim` is the dimension of the input channels. `kernel` is the spatial extent of a convolution, () for a
+    linear. The operand is a view of the parameter or calculated from it as in weight standardisation; if by anything else,
+    `opaque` names the operation.
     """
 
     block: Block
@@ -55,7 +55,7 @@ class Weight:
     @functools.cached_property
     def is_straight(self) -> bool:
         """Whether output channel i is the parameter's row i."""
-        return all(map(operator.eq, self.rows, range(self.outputs)))
+        return self.rows == range(self.outputs)
 
     @property
     def is_convolution(self) -> bool:

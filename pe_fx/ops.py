@@ -80,6 +80,9 @@ _NAMES: dict[Kind, str] = {
 SHAPE_OF_SECOND = ("expand_as", "view_as", "reshape_as", "type_as")
 """Operations that take from their second operand its shape or type alone."""
 
+RESHAPES = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "unsafe_view", "squeeze", "unsqueeze")
+"""Operations that keep all entries in their order and change the shape alone."""
+
 COPIES = ("alias", "clone", "contiguous", "detach", "lift_fresh", "lift_fresh_copy", "to", "to_copy")
 """Operations whose result holds their operand's values."""
 

@@ -14,22 +14,26 @@ from pe_fx.ties import Tie
 
 @dataclass(frozen=True)
 class Owner:
-    """A parameter, or the value that stands for it in a graph; the module that holds it; and in how many places it is held."""
+    """A parameter, or the value that stands for it in a graph; its first name; its module; and in how many places it is held."""
 
     parameter: Tensor
+    name: str
     module: nn.Module | None = None
     places: int = 1
 
 
 def owners_in(model: nn.Module) -> dict[str, Owner]:
     """The owner of every parameter, under each of its names."""
-    places = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    return {
-        f"{path}.{attribute}" if path else attribute: Owner(parameter, module, places[id(parameter)])
-        for path, module in model.named_modules(remove_duplicate=False)
-        for attribute, parameter in module._parameters.items()
-        if parameter is not None
-    }
+    modules = list(model.named_modules(remove_duplicate=False))
+    places = Counter(id(parameter) for module in {module for _, module in modules} for parameter in module._parameters.values())
+    first: dict[int, str] = {}
+    owners = {}
+    for path, module in modules:
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{path}.{attribute}" if path else attribute
+                owners[name] = Owner(parameter, first.setdefault(id(parameter), name), module, places[id(parameter)])
+    return owners
 
 
 def forbidden(tie: Tie, owners: Mapping[str, Owner]) -> str | None:

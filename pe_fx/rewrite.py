@@ -16,7 +16,7 @@ from pe_fx.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.errors import PeFxError
 from pe_fx.owners import forbidden, owners_in
 from pe_fx.tied import Gain, Layout, Mix, Piece, TiedWeight, View, choose, tie_weight, tied_class
-from pe_fx.ties import Block, Entry, Plan, Ranges, Tie, gain_of, length, overlap, positions, to_ranges
+from pe_fx.ties import Block, Entry, Plan, Ranges, Tie, gain_of, length, overlap, positions
 
 INITS = ("keep", "mean", "reset")
 
@@ -251,9 +251,18 @@ def _taken(ties: list[Tie]) -> Ranges:
 
 
 def _renumbered(ranges: Ranges, kept: Ranges) -> Ranges:
-    """Dense positions as positions among those kept."""
-    place = {position: i for i, position in enumerate(positions(kept))}
-    return to_ranges(place[position] for position in positions(ranges))
+    """Dense positions as positions among those kept, which hold them all.
+
+    >>> _renumbered(((4, 6), (8, 9)), kept=((0, 2), (4, 6), (8, 10)))
+    ((2, 5),)
+    """
+    found: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        place = sum(min(end, start) - begin for begin, end in kept if begin < start)
+        joins = bool(found) and found[-1][1] == place
+        first = found.pop()[0] if joins else place
+        found.append((first, place + stop - start))
+    return tuple(found)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -26,6 +26,8 @@ def to_ranges(positions: Iterable[int]) -> Ranges:
     >>> to_ranges([4, 0, 1, 5, 9])
     ((0, 2), (4, 6), (9, 10))
     """
+    if isinstance(positions, range) and positions.step == 1:
+        return ((positions.start, positions.stop),) if positions else ()
     ranges: list[tuple[int, int]] = []
     ordered = sorted(set(positions))
     if ordered and ordered[-1] - ordered[0] == len(ordered) - 1:

@@ -10,11 +10,10 @@ from torch import Tensor, fx
 from pe_fx.capture import Captured, value_of
 from pe_fx.channels import Channels, channels_along, channels_in, moved, numbered, varying_axes
 from pe_fx.operation import Op, Weight, factors, is_floating, is_tensor, product_labels, shape_of
-from pe_fx.ops import KINDS, Kind, base_name
+from pe_fx.ops import KINDS, RESHAPES, Kind, base_name
 from pe_fx.ties import Block, Shape
 
 _STATIC_KINDS = {Kind.POINTWISE, Kind.PRODUCT, Kind.NORM, Kind.REDUCE, Kind.NONLINEAR, Kind.CONSTANT}
-_RESHAPES = ("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as")
 _IDENTITIES = (
     "contiguous",
     "clone",
@@ -197,7 +196,7 @@ def _from_positions(
     out_dim, in_dim = dims[out_label][0], dims[in_label][0]
     rows = channels_along(positions[out_dim], out_label)
     columns = channels_along(positions[in_dim], in_label)
-    if rows is None or columns is None or columns != tuple(range(full[in_dim])):
+    if rows is None or columns is None or columns != range(full[in_dim]):
         return None
     block = Block.whole(name, full).narrowed(out_dim, rows)
     for dim, tags in enumerate(positions):
@@ -221,7 +220,7 @@ def _stranger(node: fx.Node, parameter: fx.Node, static: Static) -> str:
         current = stack.pop()
         name = base_name(current) if current.op.startswith("call") else ""
         kind = KINDS.get(name)
-        if name and ((kind not in _STATIC_KINDS and name not in _RESHAPES) or name == "where"):
+        if name and ((kind not in _STATIC_KINDS and name not in (*RESHAPES, "expand", "expand_as")) or name == "where"):
             return name
         for operand in current.all_input_nodes:
             sources = static.sources(operand)

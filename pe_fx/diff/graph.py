@@ -15,6 +15,7 @@ from pe_fx.capture import Captured, ExampleInputs, capture, module_of, value_of
 from pe_fx.flow import live_operands
 from pe_fx.operation import shape_of
 from pe_fx.ops import KINDS, Kind, base_name
+from pe_fx.owners import owners_in
 from pe_fx.tied import Tied, stored
 from pe_fx.ties import Shape
 
@@ -94,7 +95,7 @@ class Graph:
     def of(cls, model: nn.Module, example_inputs: ExampleInputs | Captured | None = None, name: str = "") -> Graph:
         """The picture of a model; `example_inputs` as in `pe_fx.plan`. Raises `CaptureError` where it cannot be captured."""
         captured = example_inputs if isinstance(example_inputs, Captured) else capture(model, example_inputs)
-        nodes = _Reader(canonical(captured, model), model).nodes
+        nodes = _Reader(canonical(captured, owners_in(model)), model).nodes
         parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         modules = {path: _class_name(module) for path, module in model.named_modules()}
         for node in nodes.values():  # an exported program's tree may lack what the graph remembers
