@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from pe_fx.channels import arriving, channels_along, channels_in, numbered, varying_axes
+from pe_fx.channels import arriving
 from pe_fx.flow import Flow
 from pe_fx.operation import Op, Weight, factors, product_labels
 from pe_fx.ops import Kind
 from pe_fx.passes.pairs import common_module, misuse, tie
+from pe_fx.tags import channels_along, channels_in, numbered, varying_axes
 from pe_fx.ties import Block, Miss, Site, Tie
 
 _APPLYING = {Kind.PROJECTION, Kind.CONV, Kind.MATMUL, Kind.OTHER}
@@ -99,7 +100,7 @@ class Roles:
     def parts(self) -> list[Part]:
         return [part for part in (self.q, self.k, self.v, self.proj) if part is not None]
 
-    @property
+    @functools.cached_property
     def uses(self) -> list[tuple[Part, Use]]:
         """What each part is used for: its role, its block, and for values and output projections the weight that they can be tied to."""
         k, q = ("" if part is None else part.weight.name for part in (self.k, self.q))

@@ -14,7 +14,6 @@ from typing import Any
 from torch import fx, nn
 
 from pe_fx.capture import Captured, ExampleInputs, capture, value_of
-from pe_fx.channels import tracing
 from pe_fx.entry import widen_params
 from pe_fx.errors import NoSitesWarning, PeFxError, check_one_of
 from pe_fx.flow import Flow
@@ -23,6 +22,7 @@ from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.passes.variants import GAIN, MIXES, vary
 from pe_fx.rewrite import INITS, rewrite_graph, rewrite_modules
+from pe_fx.tags import tracing
 from pe_fx.tied import Tied
 from pe_fx.ties import Miss, Plan, Shape, Site
 

@@ -14,9 +14,10 @@ import networkx as nx
 from torch import Tensor, fx
 
 from pe_fx.capture import Captured, memory_chain, value_of, written_whole
-from pe_fx.channels import Channels, numbered, transfer
+from pe_fx.channels import Channels, transfer
 from pe_fx.operation import Op, is_floating, is_tensor, shape_of
 from pe_fx.ops import GATHERS, KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place
+from pe_fx.tags import numbered
 from pe_fx.weights import Static, attach_weight
 
 Test = Callable[[Op], bool]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from pe_fx.capture import value_of
-from pe_fx.channels import call
 from pe_fx.derived import derive
 from pe_fx.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.errors import PeFxError
 from pe_fx.owners import forbidden, owners_in
 from pe_fx.tied import Gain, Layout, Mix, Piece, TiedWeight, View, choose, tie_weight, tied_class
 from pe_fx.ties import Block, Entry, Plan, Ranges, Tie, gain_of, length, overlap, positions
+from pe_fx.views import call
 
 INITS = ("keep", "mean", "reset")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections import Counter
@@ -100,7 +101,7 @@ class Block:
         ranges[dim] = to_ranges(positions)
         return dataclasses.replace(self, ranges=tuple(ranges))
 
-    @property
+    @functools.cached_property
     def shape(self) -> Shape:
         return tuple(length(ranges) for ranges in self.ranges)
 

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from pe_fx.capture import Captured, value_of
-from pe_fx.channels import Channels, channels_along, channels_in, moved, numbered, varying_axes
 from pe_fx.operation import Op, Weight, factors, is_floating, is_tensor, product_labels, shape_of
 from pe_fx.ops import KINDS, RESHAPES, Kind, base_name
+from pe_fx.tags import channels_along, channels_in, numbered, varying_axes
 from pe_fx.ties import Block, Shape
+from pe_fx.views import moved
 
 _STATIC_KINDS = {Kind.POINTWISE, Kind.PRODUCT, Kind.NORM, Kind.REDUCE, Kind.NONLINEAR, Kind.CONSTANT}
 _IDENTITIES = (
@@ -174,7 +175,7 @@ def _positions(node: fx.Node, parameter: fx.Node, full: Shape) -> list[Tensor] |
                 shape_of(value_of(step)),
                 (origin := Op(0, step.all_input_nodes[0], "", Kind.INPUT, (), ()),),
             )
-            tags = moved(op, {origin: Channels(tags)})
+            tags = moved(op, {origin: tags})
             if tags is None:
                 return None
         found.append(tags)
