@@ -13,7 +13,7 @@ from pe_fx.capture import value_of
 from pe_fx.derived import derive
 from pe_fx.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.errors import PeFxError
-from pe_fx.owners import forbidden, owners_in
+from pe_fx.owners import Owner, forbidden, owners_in
 from pe_fx.tied import Gain, Layout, Mix, Piece, TiedWeight, View, choose, tie_weight, tied_class
 from pe_fx.ties import Block, Entry, Plan, Ranges, Tie, gain_of, length, overlap, positions
 from pe_fx.views import call
@@ -26,12 +26,13 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
 
     Raises `PeFxError` where the plan does not fit the model.
     """
-    check_fits(model, plan)
+    found = check_fits(model, plan)
     targets = _by_target(plan.ties)
     kept = {name: _kept(ties) for name, ties in targets.items()}
     layouts = {name: _layout(ties, targets, kept) for name, ties in targets.items()}
-    owners = {name: _owner(model, name) for tie in plan.ties for name in (tie.target, tie.source)}
-    classes = _new_classes(model, plan)
+    names = dict.fromkeys(name for tie in plan.ties for name in (tie.target, tie.source))
+    owners = {name: (module, name.rpartition(".")[2]) for name in names if (module := found[name].module) is not None}
+    classes = _new_classes(model, plan, owners)
     modules = {name: module for entry in plan.entries for name, module in _new_modules(model, entry).items()}
     values = _initial_values(model, plan, init)
     with torch.no_grad():
@@ -116,8 +117,9 @@ def _record_values(nodes: list[fx.Node]) -> None:
             node.meta["example_value"] = call(node.target, args, kwargs)
 
 
-def check_fits(model: nn.Module, plan: Plan) -> None:
-    """Raises `PeFxError` where a weight of the plan is missing, has another shape or must be left alone, or a module is missing."""
+def check_fits(model: nn.Module, plan: Plan) -> dict[str, Owner]:
+    """The owners of the model's parameters. Raises `PeFxError` where the plan does not fit: a weight or a module is missing, or a
+    weight has another shape or must be left alone."""
     owners = owners_in(model)
     what = type(model).__name__
     _compare_shapes(plan, {name: tuple(owner.parameter.shape) for name, owner in owners.items()}, what)
@@ -130,7 +132,7 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         other = targets.get(id(owners[name].parameter), name)
         if other != name:
             raise PeFxError(f"the plan does not fit this {what}: {other} and {name} are one parameter here, two in the plan")
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False)) if plan.entries else {}
     for entry in plan.entries:
         around = [path for path in modules if path == "" or f"{entry.block}.".startswith(f"{path}.")]
         if any(isinstance(modules[path], fx.GraphModule) for path in around):
@@ -145,6 +147,7 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         module, attribute = _owner(model, name)
         if hasattr(module, attribute):
             raise PeFxError(f"{name}, where the learned factors would be, is there already: use gain=False")
+    return owners
 
 
 def _compare_shapes(plan: Plan, shapes: dict[str, tuple[int, ...]], what: str) -> None:
@@ -316,13 +319,13 @@ def _index(block: Block, device: torch.device) -> tuple[Tensor, ...]:
     return torch.meshgrid(*(torch.tensor(positions(ranges), device=device) for ranges in block.ranges), indexing="ij")
 
 
-def _new_classes(model: nn.Module, plan: Plan) -> dict[nn.Module, type]:
+def _new_classes(model: nn.Module, plan: Plan, owners: Mapping[str, tuple[nn.Module, str]]) -> dict[nn.Module, type]:
     """The classes that modules get. A class may refuse to be subclassed, which must show before anything is changed."""
     blocks = [model.get_submodule(entry.block) for entry in plan.entries if entry.treatment == "expand"]
     classes = {block: derive(type(block), Widened) for block in blocks}
     tied: dict[nn.Module, list[str]] = {}
     for tie in plan.ties:
-        module, attribute = _owner(model, tie.target)
+        module, attribute = owners[tie.target]
         tied.setdefault(module, []).append(attribute)
     return classes | {module: tied_class(classes.get(module, type(module)), module, names) for module, names in tied.items()}
 
