@@ -21,7 +21,7 @@ from pe_fx.ledger import Ledger, ledger, unnamed
 from pe_fx.lowering import UUID, run_passes
 from pe_fx.operation import place_of
 from pe_fx.rewrite import rewrite_graph
-from pe_fx.tied import Tied, is_chosen
+from pe_fx.tied import Tied, is_any_chosen
 from pe_fx.ties import Site, Tie
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Backend:
 
     def _is_transformed(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight]) -> bool:
         """Whether `pe_fx.transform` has decided what is tied, and what is not."""
-        return any(issubclass(cls, Tied) for cls in classes_in(gm)) or any(map(is_chosen, (w.parameter for w in weights.values())))
+        return any(issubclass(cls, Tied) for cls in classes_in(gm)) or is_any_chosen(weight.parameter for weight in weights.values())
 
     def _checked(self, run: Callable[..., Any], weights: Mapping[str, GraphWeight], sites: Sequence[Site]) -> Callable[..., Any]:
         """Dynamo runs one graph for all models of the same code: its ties are recorded for the weights of each, or it must not run."""

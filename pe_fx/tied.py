@@ -222,9 +222,10 @@ def unchoose(model: nn.Module) -> None:
         module.__dict__.pop("pe_fx_chosen", None)
 
 
-def is_chosen(parameter: Tensor) -> bool:
-    """Whether a module that holds it, or the module that this one is a copy of, is marked."""
-    return any(parameter is own for mark in Chosen.marks for own in mark.parameters.values())
+def is_any_chosen(parameters: Iterable[Tensor]) -> bool:
+    """Whether a module that holds one of them, or the module that this one is a copy of, is marked."""
+    chosen = {id(own) for mark in Chosen.marks for own in mark.parameters.values()}
+    return any(id(parameter) in chosen for parameter in parameters)
 
 
 class Tied(Derived):
