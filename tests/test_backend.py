@@ -89,6 +89,8 @@ def test_trains_as_the_tied_model(name: str) -> None:
     """20 AdamW steps: the backend on the dense model, Inductor on the tied one, and the tied one without a compiler."""
     build: Callable[[], nn.Module] = gpt2 if name == "gpt2" else MODELS[name].build
     dense, x = build().train(), MODELS[name].inputs
+    if name == "resnet" and torch.__version__ < "2.12":  # there rounding alone moves a dense one by 2e-3 in float32
+        dense, x = dense.double(), x.double()
     tied = pe_fx.transform(dense, x)
     eager, inductor = copy.deepcopy(tied), copy.deepcopy(tied)
     if name == "gpt2":  # dropout draws other numbers in compiled graphs
