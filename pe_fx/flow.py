@@ -157,11 +157,11 @@ class Flow:
                     if source.index > start.index and source not in back:
                         back.add(source)
                         stack.append(source)
-            derived = {start}
+            derived = {start: None}  # in order
             for op in sorted(back, key=attrgetter("index")):
-                if not derived.isdisjoint(op.inputs):
-                    derived.add(op)
-            self._between[start, end] = tuple(sorted(derived - {start}, key=attrgetter("index")))
+                if not derived.keys().isdisjoint(op.inputs):
+                    derived[op] = None
+            self._between[start, end] = tuple(derived)[1:]
         return self._between[start, end]
 
     def reaches(self, start: Op, end: Op) -> bool:

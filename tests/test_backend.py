@@ -79,9 +79,8 @@ def assert_agree(model: nn.Module, other: nn.Module, tolerance: float = 1e-4) ->
 # ---- lowered by Inductor
 
 
-WRONG_IN_2_11 = pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="the Inductor of torch 2.11 gives a dense ConvNeXt wrong gradients on the CPU"
-)
+IS_2_11 = torch.__version__ < "2.12"
+WRONG_IN_2_11 = pytest.mark.skipif(IS_2_11, reason="the Inductor of torch 2.11 gives a dense ConvNeXt wrong gradients on the CPU")
 
 
 @pytest.mark.parametrize("name", ["deit", "resnet", pytest.param("convnext", marks=WRONG_IN_2_11), "gpt2"])
@@ -89,7 +88,7 @@ def test_trains_as_the_tied_model(name: str) -> None:
     """20 AdamW steps: the backend on the dense model, Inductor on the tied one, and the tied one without a compiler."""
     build: Callable[[], nn.Module] = gpt2 if name == "gpt2" else MODELS[name].build
     dense, x = build().train(), MODELS[name].inputs
-    if name == "resnet" and torch.__version__ < "2.12":  # there rounding alone moves a dense one by 2e-3 in float32
+    if name == "resnet" and IS_2_11:  # there rounding alone moves a dense one by 2e-3 in float32
         dense, x = dense.double(), x.double()
     tied = pe_fx.transform(dense, x)
     eager, inductor = copy.deepcopy(tied), copy.deepcopy(tied)
