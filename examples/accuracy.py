@@ -65,10 +65,10 @@ class Block(nn.Module):
 class Bytes(nn.Module):
     """A causal language model over bytes. Weights start at a standard deviation of 1 / sqrt(inputs)."""
 
-    def __init__(self, width: int, depth: int, context: int) -> None:
+    def __init__(self, width: int, depth: int, heads: int, context: int) -> None:
         super().__init__()
         self.token, self.place = nn.Embedding(256, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, width // 24) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -108,18 +108,26 @@ COMMON = (
     Variant("tied, gain", {"gain": 0.5}),
     Variant("tied, signed + gain", BOTH),
 )
-TRANSFORMER = (
-    *COMMON,
-    Variant("FFN only", {"rules": ["mlp"]}),
-    Variant("FFN only, signed", {"rules": ["mlp"]} | SIGNED),
-    Variant("attention only", {"rules": ["attention"]}),
-    Variant("attention only, signed", {"rules": ["attention"]} | SIGNED),
-    Variant("one W for all blocks", {"share": ("mlp", "attention")}),
-    Variant("one W for all blocks, signed", {"share": ("mlp", "attention")} | SIGNED),
-    Variant("dense, half as deep", None, {"depth": 2}),
-    Variant("tied, twice as deep", {}, {"depth": 8}),
-    Variant("tied, signed, twice as deep", SIGNED, {"depth": 8}),
-)
+
+
+def transformer(width: int) -> tuple[Variant, ...]:
+    """`width` is that at which a tied model has as many parameters as the dense one."""
+    return (
+        *COMMON,
+        Variant("FFN only", {"rules": ["mlp"]}),
+        Variant("FFN only, signed", {"rules": ["mlp"]} | SIGNED),
+        Variant("attention only", {"rules": ["attention"]}),
+        Variant("attention only, signed", {"rules": ["attention"]} | SIGNED),
+        Variant("one W for all blocks", {"share": ("mlp", "attention")}),
+        Variant("one W for all blocks, signed", {"share": ("mlp", "attention")} | SIGNED),
+        Variant("dense, half as deep", None, {"depth": 2}),
+        Variant("tied, twice as deep", {}, {"depth": 8}),
+        Variant("tied, signed, twice as deep", SIGNED, {"depth": 8}),
+        Variant("tied, wider", {}, {"width": width}),
+        Variant("tied, signed, wider", SIGNED, {"width": width}),
+    )
+
+
 PRETRAINED = (
     Variant("pretrained, dense", None, pretrained=True),
     Variant("pretrained, keep", {"init": "keep"}, pretrained=True),
@@ -203,12 +211,12 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
 
 
-def bytes_model(depth: int = 4, scale: int = 1) -> nn.Module:
-    return Bytes(width=96 * scale, depth=depth * scale, context=128)
+def bytes_model(width: int = 96, depth: int = 4, scale: int = 1) -> nn.Module:
+    return Bytes(width=width * scale, depth=depth * scale, heads=4 * scale, context=128)
 
 
-def vit(depth: int = 4, scale: int = 1) -> nn.Module:
-    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64 * scale, "depth": depth * scale, "num_heads": 4}
+def vit(width: int = 64, depth: int = 4, scale: int = 1) -> nn.Module:
+    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": width * scale, "depth": depth * scale, "num_heads": 4}
     model: nn.Module = VisionTransformer(**shape, num_classes=10, weight_init="moco")
     return model
 
@@ -223,8 +231,8 @@ def resnet(scale: int = 1) -> nn.Module:
 
 
 TASKS = {
-    "lm": Task(bytes_model, text, (*TRANSFORMER, *PRETRAINED), (300, 1000, 3000), 6e-3, "nats per byte"),
-    "vit": Task(vit, digits, TRANSFORMER, (105, 420, 1260), 3e-3, "% accuracy"),
+    "lm": Task(bytes_model, text, (*transformer(132), *PRETRAINED), (300, 1000, 3000), 6e-3, "nats per byte"),
+    "vit": Task(vit, digits, transformer(88), (105, 420, 1260), 3e-3, "% accuracy"),
     "resnet": Task(resnet, digits, BOTTLENECK, (105, 420), 2e-3, "% accuracy"),
 }
 
