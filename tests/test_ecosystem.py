@@ -316,6 +316,16 @@ def test_onnx_holds_each_matrix_once(options: dict[str, Any], tmp_path: Path) ->
     torch.testing.assert_close(torch.from_numpy(output), model(IMAGE), atol=1e-5, rtol=1e-4)
 
 
+def test_files_of_deit_small_take_little_more_than_half(tmp_path: Path) -> None:
+    model = timm.create_model("deit_small_patch16_224").eval()
+    dense = sum(value.nbytes for value in model.state_dict().values())  # no dense file is smaller
+    tied = pe_fx.transform(model)
+    checkpoint.save(tied, tmp_path / "tied.safetensors")
+    torch.onnx.export(tied, (torch.randn(1, 3, 224, 224),), tmp_path / "tied.onnx", dynamo=True, external_data=False, verbose=False)
+    assert (tmp_path / "tied.safetensors").stat().st_size < 0.53 * dense
+    assert (tmp_path / "tied.onnx").stat().st_size < 0.53 * dense
+
+
 @every_variant
 def test_jit_trace_follows_the_source(options: dict[str, Any]) -> None:
     model = pe_fx.transform(mlp(), X, **options).eval()
