@@ -15,8 +15,8 @@ from torch import fx, nn
 
 from pe_fx.api import plan, plan_of
 from pe_fx.capture import capture
-from pe_fx.dynamo import GraphWeight, classes_in, fake_like, graph_break, lower, weights_of
-from pe_fx.errors import NoSitesWarning, PeFxError
+from pe_fx.dynamo import GraphWeight, classes_in, fake_like, graph_break, held_in, lower, weights_of
+from pe_fx.errors import CaptureError, NoSitesWarning, PeFxError
 from pe_fx.ledger import Ledger, ledger, unnamed
 from pe_fx.lowering import UUID, run_passes
 from pe_fx.operation import place_of
@@ -102,7 +102,16 @@ class Backend:
         names = {weight.node.name: name for name, weight in weights.items()}
         try:
             captured = capture(gm)
-            captured = replace(captured, weights={node: names.get(node.name, node.name) for node in captured.weights})
+        except CaptureError as error:
+            log.warning("this graph is compiled without new ties: %s", error)
+            return []
+        try:
+            held = held_in(gm)
+            captured = replace(
+                captured,
+                weights={node: names.get(node.name, node.name) for node in captured.weights},
+                inputs={node for node in captured.inputs if node.name not in held},
+            )
             made = plan(gm, captured, **options)
         except PeFxError:
             raise

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from pe_fx.errors import CaptureError
-from pe_fx.ops import COPIES, GATHERS, base_name, is_in_place, keeps_order, may_alias
+from pe_fx.ops import COPIES, GATHERS, KINDS, base_name, is_in_place, keeps_order, may_alias
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,8 @@ def derive_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
 
 
 def inline_regions(gm: fx.GraphModule) -> fx.Graph:
-    """A copy of the graph with autocast, no_grad and checkpoint regions (operators that call one subgraph) inlined."""
+    """A copy of the graph with autocast, no_grad and checkpoint regions (operators that call one subgraph) inlined, and functions
+    made of several operations, such as `F.multi_head_attention_forward`, opened."""
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
     result = _copy_into(graph, gm, values)
@@ -276,7 +278,7 @@ def _copy_into(graph: fx.Graph, gm: fx.GraphModule, values: dict[fx.Node, Any]) 
             return fx.node.map_arg(node.args[0], values.__getitem__)
         if node in values:
             continue
-        region = _region(gm, node)
+        region = _region(gm, node) or _opened(node)
         if region is not None:
             body, operands = region
             inner = dict(
@@ -313,6 +315,29 @@ def _region(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, list[Any
     return (body, operands) if len(operands) == len(body.graph.find_nodes(op="placeholder")) else None
 
 
+def _opened(node: fx.Node) -> tuple[fx.GraphModule, list[Any]] | None:
+    """What a Python function that is no known operation does, as a graph of operations, and its operands."""
+    if node.op != "call_function" or not inspect.isfunction(node.target) or base_name(node) in KINDS:
+        return None
+    function, operands = node.target, node.all_input_nodes
+
+    def call(*values: Any) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(operands, values, strict=True)).__getitem__)
+        return function(*args, **kwargs)
+
+    values = [value_of(operand) for operand in operands]
+    fake_mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())
+    try:
+        with fake_mode:
+            body = make_fx(call, pre_dispatch=True)(*values)
+    except Exception:  # whatever a function does that is not made for fake values
+        log.debug("%s was not opened", node.format_node(), exc_info=True)
+        return None
+    for inner in body.graph.nodes:
+        inner.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+    return body, list(operands)
+
+
 def _read(gm: fx.GraphModule) -> Captured:
     graph = inline_regions(gm)
     weights: dict[fx.Node, str] = {}
@@ -326,7 +351,12 @@ def _read(gm: fx.GraphModule) -> Captured:
 
 
 def _has_values(graph: fx.Graph) -> bool:
-    calls = [node for node in graph.nodes if node.op.startswith("call") and node.users]
+    """Whether every call that the output depends on has its value."""
+    live = dict.fromkeys(graph.find_nodes(op="output"))
+    for node in reversed(graph.nodes):
+        if node in live:
+            live |= dict.fromkeys(node.all_input_nodes)
+    calls = [node for node in live if node.op.startswith("call")]
     return bool(calls) and all(node.op != "call_module" and value_of(node) is not None for node in calls)
 
 

@@ -89,19 +89,20 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
     if op.kind is Kind.NORM:
         is_normalised = op.operands[0] in states  # or else it is the scale
         return keep(first.tags) if is_normalised and first.tags.shape == op.shape else lost(lost=op.name)
-    if (op.kind is Kind.POOL or op.is_depthwise) and not _pooled_axes(op).isdisjoint(varying_axes(first.tags)):
-        return lost(lost=f"{op.name} over the hidden axis")
     if op.kind is Kind.POOL or op.is_depthwise:
-        tags = _resampled(first.tags, op.shape)
-        return lost(lost=f"{op.name} over another axis") if tags is None else keep(tags)
+        value, several = _first(value_of(op.node))
+        shape = shape_of(value)
+        if not _pooled_axes(op.name, len(shape)).isdisjoint(varying_axes(first.tags)):
+            return lost(lost=f"{op.name} over the hidden axis")
+        tags = _resampled(first.tags, shape)
+        return lost(lost=f"{op.name} over another axis") if tags is None else keep((tags, nothing_in(shape)) if several else tags)
     if op.kind is Kind.REDUCE:
-        if isinstance(value := value_of(op.node), (tuple, list)):  # the largest and where it is
-            tags = _reduced(op, first.tags, shape_of(value[0]))
-            return lost(lost=f"{op.name} over channels") if tags is None else keep((tags, nothing_in(shape_of(value[0]))))
-        tags = _reduced(op, first.tags, op.shape)
-        if tags is None and isinstance(value_of(op.node), Tensor):
-            return Channels(nothing_in(op.shape), uniform=True, lost=f"{op.name} over channels")
-        return lost(lost=f"{op.name} over channels") if tags is None else keep(tags)
+        value, several = _first(value_of(op.node))
+        shape = shape_of(value)
+        tags = _reduced(op, first.tags, shape)
+        if tags is None and not several:
+            return Channels(nothing_in(shape), uniform=True, lost=f"{op.name} over channels")
+        return lost(lost=f"{op.name} over channels") if tags is None else keep((tags, nothing_in(shape)) if several else tags)
     if op.kind is Kind.CONV or (op.is_projection and op in carriers):
         if op.weight is None or not lies_along(first.tags, op.in_axis):
             return lost(lost=f"{op.name} over another axis")
@@ -210,10 +211,15 @@ def _padded_axes(op: Op) -> set[int]:
     return {len(op.shape) - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0}
 
 
-def _pooled_axes(op: Op) -> set[int]:
+def _first(value: Any) -> tuple[Any, bool]:
+    """The first of several results, such as the largest entries and where they are."""
+    several = isinstance(value, (tuple, list))
+    return (value[0] if several else value), several
+
+
+def _pooled_axes(name: str, rank: int) -> set[int]:
     """The axes over which a pooling or depthwise convolution looks: the last ones, as many as its name says."""
-    rank = len(op.shape)
-    digits = [int(mark[0]) for mark in re.findall(r"[123]d", op.name)]
+    digits = [int(mark[0]) for mark in re.findall(r"[123]d", name)]
     return set(range(rank - digits[0] if digits else 2, rank))
 
 

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 import pe_fx
 import pe_fx.backend
-from pe_fx import NoSitesWarning, PeFxError
+from pe_fx import CaptureError, NoSitesWarning, PeFxError
+from pe_fx.capture import as_arguments, tensors_in
 from pe_fx.ledger import Ledger, ledger, pending
 from pe_fx.ties import Block, Plan, Site, Tie
 
@@ -244,6 +245,79 @@ def test_ties_are_those_of_transform_and_wait_for_commit(unlowered: list[str]) -
     torch.testing.assert_close(model(x), y)
     assert_equals_twin(dense, model, committed, x)
     assert Plan.from_json(committed.to_json()) == committed
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_is_tied_as_by_transform(name: str, unlowered: list[str]) -> None:
+    inputs = MODELS[name].inputs
+    args, kwargs = as_arguments(inputs)
+    model = MODELS[name].build().eval()
+    plan = pe_fx.plan(model, inputs)
+    y = compiled(model)(*args, **kwargs)
+    assert set(map(str, pe_fx.commit(model).ties)) == set(map(str, plan.ties))
+    torch.testing.assert_close(tensors_in(model(*args, **kwargs)), tensors_in(y))
+
+
+class Cast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = linear(8, 16), linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.fc1(x).relu()
+        y: Tensor = self.fc2(h.float())
+        return y
+
+
+class Attending(nn.Module):
+    """PyTorch's own attention is one function in Dynamo's graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x)[0]
+        return y
+
+
+class Shifted(nn.Module):
+    """What a module keeps in a buffer or in an attribute is no input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = linear(8, 16), linear(16, 8)
+        self.register_buffer("shift", torch.randn(16))
+        self.table = torch.randn(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.linear(x, self.fc1.weight, self.shift).relu()
+        return nn.functional.linear(h + self.table, self.fc2.weight)
+
+
+@pytest.mark.parametrize("build", [Cast, Attending, Shifted])
+def test_dynamos_own_ways_to_write_a_graph(build: Callable[[], nn.Module], unlowered: list[str]) -> None:
+    model, x = build(), torch.randn(3, 5, 8)
+    plan = pe_fx.plan(model, x)
+    y = compiled(model)(x)
+    assert plan.ties
+    assert pe_fx.commit(model).ties == plan.ties
+    torch.testing.assert_close(model(x), y)
+
+
+def test_a_graph_that_cannot_be_read_is_compiled_as_it_is(
+    unlowered: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> Any:
+        raise CaptureError("not to be read")
+
+    monkeypatch.setattr(pe_fx.backend, "capture", refuse)
+    model = mlp()
+    with caplog.at_level(logging.WARNING, "pe_fx"), pytest.warns(NoSitesWarning):
+        y = compiled(model)(X)
+    assert "compiled without new ties: not to be read" in caplog.text
+    torch.testing.assert_close(y, model(X))
 
 
 def test_options_choose_rules_and_modules(unlowered: list[str]) -> None:

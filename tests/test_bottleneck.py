@@ -193,8 +193,9 @@ def test_spatial_separable_convolutions() -> None:
     hit(three(nn.ReLU(), *between, nn.ReLU()), X, "5.weight ← 0.weightᵀ")
 
 
-def test_pooling_between() -> None:
-    hit(three(nn.ReLU(), conv(8, 8, 3), nn.ReLU(), nn.AvgPool2d(2)), X, "5.weight ← 0.weightᵀ")
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(2), nn.AdaptiveMaxPool2d(2)], ids=repr)
+def test_pooling_between(pool: nn.Module) -> None:
+    hit(three(nn.ReLU(), conv(8, 8, 3), nn.ReLU(), pool), X, "5.weight ← 0.weightᵀ")
 
 
 def test_block_that_runs_twice_is_one_site() -> None:

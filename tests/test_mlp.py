@@ -584,9 +584,12 @@ def test_rows_of_the_weight_in_another_order() -> None:
     assert not pe_fx.plan(net, X).sites
 
 
-def test_pooling_over_the_hidden_dimension() -> None:
-    net = pair(lambda m, x: m.fc2(F.avg_pool1d(m.fc1(x).relu(), 3, 1, 1)))
-    miss(net, X, r"pool|mixes|another axis", weights=("fc1.weight", "fc2.weight"))
+@pytest.mark.parametrize(
+    "pool", [partial(F.avg_pool1d, kernel_size=3, stride=1, padding=1), partial(F.adaptive_max_pool1d, output_size=16)]
+)
+def test_pooling_over_the_hidden_dimension(pool: Callable[[Tensor], Tensor]) -> None:
+    net = pair(lambda m, x: m.fc2(pool(m.fc1(x).relu())))
+    miss(net, X, "pool.* over the hidden axis", weights=("fc1.weight", "fc2.weight"))
 
 
 def test_part_of_a_weight() -> None:
