@@ -316,10 +316,10 @@ def _region(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, list[Any
 
 
 def _opened(node: fx.Node) -> tuple[fx.GraphModule, list[Any]] | None:
-    """What a Python function that is no known operation does, as a graph of operations, and its operands."""
-    if node.op != "call_function" or not inspect.isfunction(node.target) or base_name(node) in KINDS:
-        return None
+    """What a Python function that is no known operation does, as a graph of operations, and its operands. So for `x[i] = y`."""
     function, operands = node.target, node.all_input_nodes
+    if node.op != "call_function" or not (inspect.isfunction(function) or function is operator.setitem) or base_name(node) in KINDS:
+        return None
 
     def call(*values: Any) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(operands, values, strict=True)).__getitem__)
@@ -328,8 +328,8 @@ def _opened(node: fx.Node) -> tuple[fx.GraphModule, list[Any]] | None:
     values = [value_of(operand) for operand in operands]
     fake_mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())
     try:
-        with fake_mode:
-            body = make_fx(call, pre_dispatch=True)(*values)
+        with fake_mode:  # of copies, since it may write to them
+            body = make_fx(call, pre_dispatch=True)(*(value.clone() if isinstance(value, Tensor) else value for value in values))
     except Exception:  # whatever a function does that is not made for fake values
         log.debug("%s was not opened", node.format_node(), exc_info=True)
         return None

@@ -296,7 +296,25 @@ class Shifted(nn.Module):
         return nn.functional.linear(h + self.table, self.fc2.weight)
 
 
-@pytest.mark.parametrize("build", [Cast, Attending, Shifted])
+class Written(nn.Module):
+    """Assignment to a part of a tensor is one function, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3, self.fc4 = linear(8, 16), linear(16, 8), linear(8, 16), linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x).relu()
+        g = torch.zeros_like(h)
+        g[:, 0:] = h
+        x = self.fc2(g)
+        h = self.fc3(x).relu()
+        h[:, 1:] = h[:, :-1].flip(-1)  # here channels change their places
+        y: Tensor = self.fc4(h)
+        return y
+
+
+@pytest.mark.parametrize("build", [Cast, Attending, Shifted, Written])
 def test_dynamos_own_ways_to_write_a_graph(build: Callable[[], nn.Module], unlowered: list[str]) -> None:
     model, x = build(), torch.randn(3, 5, 8)
     plan = pe_fx.plan(model, x)
