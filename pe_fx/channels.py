@@ -13,7 +13,7 @@ from torch import Tensor
 from pe_fx.capture import value_of
 from pe_fx.operation import Op, factors, product_labels, shape_of
 from pe_fx.ops import Kind
-from pe_fx.tags import expand_along, lazy, lies_along, nothing_in, remembered, varying_axes
+from pe_fx.tags import expand_along, lazy, lies_along, nothing_in, remembered, shrunk, varying_axes
 from pe_fx.ties import Shape
 from pe_fx.views import moved
 
@@ -177,6 +177,8 @@ def _carried(op: Op, states: dict[Op, Channels]) -> Tensor | None:
     for names, value in reversed(list(zip(labels[:2], factors(op), strict=True))):
         tags = states[value].tags if value is not None and value in states else None
         if isinstance(tags, Tensor) and not tags.is_complex() and tags.dim() == len(names):
+            if op.kind is Kind.ATTEND and tags.shape[-3:-2] not in ((), op.shape[-3:-2]):  # grouped queries: heads share their values
+                tags = shrunk(tags, keep=tags.dim() - 3).repeat_interleave(op.shape[-3] // tags.shape[-3], -3)
             averaged = _averaged(tags, names, labels[2], op.shape)
             if averaged is not None:
                 return averaged

@@ -53,7 +53,7 @@ def channels_along(tags: Any, axis: int) -> Sequence[int] | None:
     """
     if not isinstance(tags, Tensor) or tags.is_complex():
         return None
-    flat = _shrink(tags, keep=axis % tags.dim()).movedim(axis, -1)
+    flat = shrunk(tags, keep=axis % tags.dim()).movedim(axis, -1)
     flat = flat.reshape(-1, flat.shape[-1])
     largest = flat.amax(0)
     if not bool(((flat == largest) | (flat == 0)).all()) or not bool((largest > 0).all()):
@@ -66,7 +66,7 @@ def channels_in(tags: Any) -> Sequence[int] | None:
     """All channels of the origin that a value holds, sorted; None where it holds anything else (beside padding)."""
     if not isinstance(tags, Tensor) or tags.is_complex():
         return None
-    present = torch.unique(_shrink(tags)).long() - 1  # type: ignore[no-untyped-call]
+    present = torch.unique(shrunk(tags)).long() - 1  # type: ignore[no-untyped-call]
     if present[0] < -1 or present[-1] < 0:
         return None
     return _listed(present[present >= 0])
@@ -86,7 +86,7 @@ def varying_axes(tags: Tensor) -> tuple[int, ...]:
     >>> varying_axes(torch.arange(3.0).expand(2, 3))
     (1,)
     """
-    small = _shrink(lazy(tags))
+    small = shrunk(lazy(tags))
     return tuple(axis for axis in range(small.dim()) if small.shape[axis] > 1 and not _repeats(small, axis))
 
 
@@ -139,7 +139,7 @@ def _repeats(tags: Tensor, axis: int) -> bool:
     return torch.equal(tags, tags.narrow(axis, 0, 1).expand_as(tags))  # stops at the first difference
 
 
-def _shrink(tags: Tensor, keep: int = -1) -> Tensor:
+def shrunk(tags: Tensor, keep: int = -1) -> Tensor:
     """The tags without the repetitions that expand() made: stride 0 costs nothing to hold, but much to compare."""
     for axis in range(tags.dim()):
         if axis != keep and tags.stride(axis) == 0 and tags.shape[axis] > 1:

@@ -318,12 +318,26 @@ def test_grouped_queries_expanded() -> None:
     hit(Net(forward, q=linear(D, D), k=linear(D, HEAD), v=linear(D, HEAD), out=linear(D, D)), X, "out.weight ← q.weightᵀ")
 
 
-def test_grouped_queries_by_sdpa() -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_grouped_queries_by_sdpa(groups: int) -> None:
     def forward(m: Net, x: Tensor) -> Tensor:
-        k, v = heads(m.k(x), 1), heads(m.v(x), 1)
-        return m.out(joined(F.scaled_dot_product_attention(heads(m.q(x)), k, v, enable_gqa=True)))
+        k, v = heads(m.k(x), groups), heads(m.v(x), groups)
+        return m.out(joined(F.scaled_dot_product_attention(heads(m.q(x), 4), k, v, enable_gqa=True)))
 
-    hit(Net(forward, q=linear(D, D), k=linear(D, HEAD), v=linear(D, HEAD), out=linear(D, D)), X, "out.weight ← q.weightᵀ")
+    inner = groups * D // 4
+    hit(Net(forward, q=linear(D, D), k=linear(D, inner), v=linear(D, inner), out=linear(D, D)), X, "out.weight ← q.weightᵀ")
+
+
+def test_sdpa_without_heads() -> None:
+    net = Net(
+        lambda m, x: m.out(F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x))),
+        q=linear(D, D),
+        k=linear(D, D),
+        v=linear(D, D),
+        out=linear(D, D),
+    )
+    hit(net, X, *SEPARATE)
+    hit(net, X[0], *SEPARATE)
 
 
 def test_multi_query_with_inner_width_above_the_model_s() -> None:
