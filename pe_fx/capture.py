@@ -317,7 +317,8 @@ def _region(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, list[Any
 
 def _opened(node: fx.Node) -> tuple[fx.GraphModule, list[Any]] | None:
     """What a Python function that is no known operation does, as a graph of operations, and its operands. So for `x[i] = y`."""
-    function, operands = node.target, node.all_input_nodes
+    function: Any = node.target
+    operands = node.all_input_nodes
     if node.op != "call_function" or not (inspect.isfunction(function) or function is operator.setitem) or base_name(node) in KINDS:
         return None
 
