@@ -317,10 +317,11 @@ def _region(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, list[Any
 
 def _opened(node: fx.Node) -> tuple[fx.GraphModule, list[Any]] | None:
     """What a Python function that is no known operation does, as a graph of operations, and its operands. So for `x[i] = y`."""
+    composed = node.op == "call_function" and (inspect.isfunction(node.target) or node.target is operator.setitem)
+    if not composed or base_name(node) in KINDS:
+        return None
     function: Any = node.target
     operands = node.all_input_nodes
-    if node.op != "call_function" or not (inspect.isfunction(function) or function is operator.setitem) or base_name(node) in KINDS:
-        return None
 
     def call(*values: Any) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(operands, values, strict=True)).__getitem__)
