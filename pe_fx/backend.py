@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from pe_fx.api import plan, plan_of
 from pe_fx.capture import capture
-from pe_fx.dynamo import GraphWeight, classes_in, fake_like, graph_break, held_in, lower, weights_of
+from pe_fx.dynamo import GraphWeight, classes_in, fake_like, graph_break, held_in, keep_record, lower, weights_of
 from pe_fx.errors import CaptureError, NoSitesWarning, PeFxError
 from pe_fx.ledger import Ledger, ledger, unnamed
 from pe_fx.lowering import UUID, run_passes
@@ -81,7 +81,7 @@ class Backend:
         if not sites:
             return gm
         tied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        tied.meta = gm.meta
+        keep_record(gm, tied, absent)
         placeholders = {node.name: node for node in tied.graph.find_nodes(op="placeholder")}
         nodes = {name: placeholders[weight.node.name] for name, weight in weights.items()}
         for name, source in absent.items():

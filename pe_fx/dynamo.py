@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -64,6 +65,17 @@ def graph_break(gm: fx.GraphModule) -> str | None:
         return None
     place = f" at {reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
     return f"{reason.reason.splitlines()[0]}{place}"
+
+
+def keep_record(gm: fx.GraphModule, tied: fx.GraphModule, added: Iterable[str]) -> None:
+    """Says of a rewritten graph what Dynamo said of `gm`: where its inputs come from, `added` parameters among them.
+
+    AOTAutograd takes weights for ordinary inputs otherwise, which a CUDA graph copies in every run.
+    """
+    tied.meta = gm.meta
+    tied._param_name_to_source = gm._param_name_to_source | {name: ConstantSource(name) for name in added}  # type: ignore[operator]
+    for new, old in zip(tied.graph.find_nodes(op="placeholder"), gm.graph.find_nodes(op="placeholder"), strict=True):
+        new._dynamo_source = old._dynamo_source
 
 
 def fake_like(gm: fx.GraphModule, tensor: Tensor) -> Tensor:

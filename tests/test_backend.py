@@ -18,6 +18,7 @@ import torch.distributed as dist
 from models import MODELS, gpt2
 from oracle import assert_equals_twin, linear
 from torch import Tensor, nn
+from torch._inductor import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import checkpoint
 
@@ -115,6 +116,34 @@ def test_trains_as_the_tied_model(name: str) -> None:
     eager.load_state_dict(dense.state_dict())  # what training left of the outputs is as small as the rounding
     run = (lambda m: m(**x).logits) if isinstance(x, dict) else (lambda m: m(x))
     torch.testing.assert_close(run(dense), run(eager))
+
+
+def test_weights_of_a_tied_graph_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph reads static inputs in their place and copies the others in every run."""
+
+    def record(fixed: int) -> Any:
+        static.append(torch._guards.TracingContext.get().fw_metadata.static_input_indices)
+        return find(fixed)
+
+    static: list[list[int]] = []
+    find = compile_fx.get_static_input_idxs
+    monkeypatch.setattr(compile_fx, "get_static_input_idxs", record)
+    model = nn.Sequential(linear(8, 16), nn.BatchNorm1d(16), nn.GELU(), linear(16, 8))
+    compiled(model)(X)  # ties
+    torch.compiler.reset()
+    torch.compile(model)(X)
+    pe_fx_s, inductor_s = static
+    assert pe_fx_s == inductor_s
+    assert len(inductor_s) >= 6, "all parameters"
+
+
+def test_an_absent_source_stays_where_it_is(monkeypatch: pytest.MonkeyPatch, unlowered: list[str]) -> None:
+    model = mlp()
+    compiled(model)(X)
+    seen: list[torch.fx.GraphModule] = []
+    monkeypatch.setattr(pe_fx.backend, "lower", lambda gm, *_: seen.append(gm) or gm.forward)
+    compiled(model[2])(torch.ones(2, 16))
+    assert set(dict(seen[0].named_parameters())) <= set(seen[0]._param_name_to_source)
 
 
 def test_found_by_name() -> None:
