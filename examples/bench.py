@@ -124,13 +124,17 @@ class Variant:
         self.spans: list[list[float]] = []
         self.device = self.inputs.device.type
 
+    def loss(self) -> Tensor:
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
+            loss: Tensor = self.compiled(self.inputs).float().square().mean()
+        return loss
+
     def step(self) -> None:
         clock = Clock(self.device == "cuda")
         clock.mark()
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
-            loss = self.compiled(self.inputs).float().square().mean()
+        loss = self.loss()
         clock.mark()
-        loss.backward()
+        torch.autograd.backward(loss)
         clock.mark()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -151,7 +155,7 @@ class Variant:
 
     def bytes(self) -> dict[str, int]:
         """Of parameters, of the gradients that one step leaves, and of the optimizer's state."""
-        self.compiled(self.inputs).float().square().mean().backward()
+        torch.autograd.backward(self.loss())
         gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         self.optimizer.zero_grad(set_to_none=True)
         state = sum(value.nbytes for held in self.optimizer.state.values() for value in held.values() if isinstance(value, Tensor))
@@ -168,7 +172,8 @@ class Variant:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             self.step()
             torch.cuda.synchronize()
-        kernels = sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
+        events = [event for event in profile.key_averages() if event.device_type.name == "CUDA" and not event.is_user_annotation]
+        kernels = sum(event.count for event in events if not event.key.startswith("Mem"))  # neither memory copied nor set
         return {"step_peak": peak, "kernels": kernels}
 
 

@@ -152,7 +152,7 @@ class Training:
             for module in filter(None, (model, self.ema and self.ema.module)):
                 shard(module, device, world)
         self.trained: Any = model if args.backend == "none" else torch.compile(model, backend=args.backend)
-        if world > 1 and not args.fsdp:
+        if dist.is_initialized() and not args.fsdp:
             self.trained = DistributedDataParallel(self.trained)
 
         config = resolve_model_data_config(model, {"img_size": args.img_size, **recipe.images})
@@ -223,7 +223,7 @@ class Training:
     @torch.no_grad()
     def test(self, model: nn.Module) -> dict[str, float]:
         """Accuracy in per cent. All processes take as many batches, the last ones filled up, since FSDP waits for each of them."""
-        for buffer in model.buffers() if self.world > 1 else ():
+        for buffer in model.buffers() if dist.is_initialized() else ():
             dist.broadcast(buffer, 0)  # each has its own running statistics: those that are saved count
         size, count = self.recipe.batch_size, len(self.test_set)
         places = batches(range(-(-count // size) * size), size, self.rank, self.world)
@@ -236,7 +236,7 @@ class Training:
             hits = outputs.topk(min(5, outputs.shape[1])).indices == labels[:, None]
             hits &= torch.tensor(batch, device=self.device)[:, None] < count
             right += torch.stack([hits[:, :1].sum(), hits.sum()])
-        if self.world > 1:
+        if dist.is_initialized():
             dist.all_reduce(right)
         top1, top5 = (100 * right / count).tolist()
         return {"top1": top1, "top5": top5}
@@ -248,7 +248,7 @@ class Training:
             yield batch.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def mean(self, total: Tensor) -> float:
-        if self.world > 1:
+        if dist.is_initialized():
             dist.all_reduce(total)
             total /= self.world
         return total.item()
@@ -370,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with processes() as (device, rank, world):
         if recipe.batch_size % world:
             raise SystemExit(f"a batch of {recipe.batch_size} cannot be divided among {world} processes")
-        if args.fsdp and world == 1:
+        if args.fsdp and not dist.is_initialized():
             raise SystemExit("--fsdp: start several processes with torchrun")
         Training(args, recipe, device, rank, world).run()
 

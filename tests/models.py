@@ -77,7 +77,8 @@ def _drawn(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def _image(build: Callable[[], nn.Module], size: int, sites: dict[str, int], saved: int) -> Model:
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))  # whatever was drawn before
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")  # whatever was drawn before
+    images = images.to(torch.get_default_device())
     return Model(_drawn(build), images, sites, saved)
 
 

@@ -173,10 +173,10 @@ def test_autocast_and_accumulated_gradients() -> None:
     exact(X.double()).square().sum().backward()
     run = compiled(model)
     for _ in range(2):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(X.device.type, dtype=torch.bfloat16):
             loss = run(X).float().square().sum()
         loss.backward()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(X.device.type, dtype=torch.bfloat16):
         loss = eager(X).float().square().sum()
     loss.backward()
     wanted = exact.get_parameter("0.weight").grad
@@ -293,7 +293,7 @@ class Cast(nn.Module):
         self.fc1, self.fc2 = linear(8, 16), linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             h = self.fc1(x).relu()
         y: Tensor = self.fc2(h.float())
         return y

@@ -49,7 +49,7 @@ def compiled(model: nn.Module, x: Tensor, backend: str = "pe_fx", autocast: bool
     recorder = Recorder()
     inductor = {"post_grad_custom_post_pass": recorder}
     run = torch.compile(model, backend=backend, options=inductor if backend == "inductor" else options | {"inductor": inductor})
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(X.device.type, dtype=torch.bfloat16, enabled=autocast):
         y = run(x)
     y.float().square().sum().backward()
     forward, backward = recorder.graphs
