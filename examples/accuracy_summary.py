@@ -16,6 +16,7 @@ COLORS = {
     "dense, half as deep": "gray",
     "tied": "tab:red",
     "tied, signed": "tab:blue",
+    "tied, signed, wider": "tab:cyan",
     "FFN only, signed": "tab:green",
     "tied, expand": "tab:orange",
     "tied, expand, signed": "tab:purple",
