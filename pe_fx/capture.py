@@ -504,7 +504,7 @@ def rng_restored(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Restores afterwards the random state of the CPU and of the devices that the model is on or that are in use, and wakes no others."""
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     kind = next((device.type for device in devices), "cuda")
-    in_use = kind == "cuda" and torch.cuda.is_initialized()  # torch.manual_seed seeds them all
+    in_use = kind == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch.manual_seed seeds them all
     indices = list(range(torch.cuda.device_count())) if in_use else [device.index for device in devices]
     return torch.random.fork_rng(indices, device_type=kind)
 
