@@ -315,10 +315,18 @@ def _region(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, list[Any
     return (body, operands) if len(operands) == len(body.graph.find_nodes(op="placeholder")) else None
 
 
+def _is_composed(node: fx.Node) -> bool:
+    """Whether a call does what takes several operations: a Python function that is none itself, `x[i] = y`, or `x[i]` by a tensor."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return any(isinstance(value_of(index), Tensor) for index in node.all_input_nodes[1:])
+    return node.target is operator.setitem or (inspect.isfunction(node.target) and base_name(node) not in KINDS)
+
+
 def _opened(node: fx.Node) -> tuple[fx.GraphModule, list[Any]] | None:
-    """What a Python function that is no known operation does, as a graph of operations, and its operands. So for `x[i] = y`."""
-    composed = node.op == "call_function" and (inspect.isfunction(node.target) or node.target is operator.setitem)
-    if not composed or base_name(node) in KINDS:
+    """What a composed call does, as a graph of operations, and its operands."""
+    if not _is_composed(node):
         return None
     function: Any = node.target
     operands = node.all_input_nodes

@@ -343,7 +343,22 @@ class Written(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("build", [Cast, Attending, Shifted, Written])
+class Chosen(nn.Module):
+    """Rows of a table, chosen by the tokens, are added to hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = linear(8, 16), linear(16, 8)
+        self.table = nn.Parameter(torch.randn(4, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        h.add_(self.table[(x[..., 0] > 0).long()])
+        y: Tensor = self.fc2(h.relu())
+        return y
+
+
+@pytest.mark.parametrize("build", [Cast, Attending, Shifted, Written, Chosen])
 def test_dynamos_own_ways_to_write_a_graph(build: Callable[[], nn.Module], unlowered: list[str]) -> None:
     model, x = build(), torch.randn(3, 5, 8)
     plan = pe_fx.plan(model, x)
