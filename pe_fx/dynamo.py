@@ -49,7 +49,7 @@ def _fqn(node: fx.Node) -> str:
 def held_in(gm: fx.GraphModule) -> set[str]:
     """The placeholders of tensors that a module holds, buffers and others, and the caller does not pass."""
     sources = {node.name: getattr(node.meta.get("grapharg"), "source", None) for node in gm.graph.find_nodes(op="placeholder")}
-    return {name for name, source in sources.items() if source is not None and source.guard_source.name.endswith("NN_MODULE")}
+    return {name for name, source in sources.items() if source is not None and source.guard_source.name.endswith("MODULE")}
 
 
 def classes_in(gm: fx.GraphModule) -> set[type]:

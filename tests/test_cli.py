@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pty
@@ -356,7 +357,8 @@ def test_a_terminal_without_these_characters() -> None:
 
 def test_interrupted(folder: Path) -> None:
     arguments = command("transform", "net.py:slow", "-o", "tied.safetensors")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "building\n"
         time.sleep(0.1)
