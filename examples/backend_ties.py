@@ -17,8 +17,7 @@ from unittest import mock
 
 import torch
 import zoo
-import zoo_transformers
-from sweep import read_rows
+from sweep import LIBRARIES, read_rows
 from torch import fx
 from tqdm import tqdm
 
@@ -26,12 +25,6 @@ import pe_fx
 import pe_fx.backend
 from pe_fx.capture import as_arguments
 from pe_fx.ledger import pending
-
-ENTRIES: dict[str, Callable[[str], zoo.Entry]] = {
-    "timm": zoo.timm_entry,
-    "torchvision": zoo.torchvision_entry,
-    "transformers": zoo_transformers.entry,
-}
 
 
 def unlowered(gm: fx.GraphModule, *_: Any) -> Callable[..., Any]:
@@ -58,7 +51,7 @@ def compared(entry: zoo.Entry) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", choices=ENTRIES, default="timm", help="which models (default: timm)")
+    parser.add_argument("--set", choices=LIBRARIES, default="timm", help="which models (default: timm)")
     parser.add_argument("--families", type=int, metavar="N", help="as many families, drawn by chance (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-params", type=float, default=150e6, help="the largest model (default: 150e6)")
@@ -80,7 +73,7 @@ def main() -> None:
         signal.alarm(options.timeout)
         try:
             with mock.patch.object(pe_fx.backend, "lower", unlowered):
-                difference = compared(ENTRIES[options.set](name))
+                difference = compared(LIBRARIES[options.set][1](name))
         except Exception as error:
             difference = zoo.one_line(error)
         finally:
