@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -166,21 +167,20 @@ def test_gradients_of_a_stage_are_added_as_they_come(autocast: bool) -> None:
     x = torch.randn(2, 64, 8, 8)
     model = pe_fx.transform(stage(6), x)
     _, backward = compiled(model, x, autocast=autocast)
-    settled = backward.find_nodes(op="call_function", target=torch.ops.pe_fx.settle.default)
-    assert len(settled) == 2
-    for node in settled:
-        assert len(set(waiting(node))) <= sums.GROUP + 1
+    added = backward.find_nodes(op="call_function", target=torch.ops.pe_fx.plus.default)
+    gradients = {term for node in added for term in node.args[:2]} - set(added)
+    assert (len(gradients), len(added)) == (12, 11)
+    assert all(term.meta["val"].dtype is (torch.bfloat16 if autocast else torch.float32) for term in gradients), "no copy in float32"
+    assert all(node.meta["val"].dtype is torch.float32 for node in added)
+    assert most_waiting(backward, gradients) <= 4, "two sums, one of them of what is made transposed, and two gradients that were just made"
 
 
-def waiting(settled: fx.Node) -> Iterator[fx.Node]:
-    """What is added up between one settled sum and the next."""
-    pending = [settled.args[0]]
-    while pending:
-        node = pending.pop()
-        if node.target is aten.add.Tensor:
-            pending += node.args
-        else:
-            yield node
+def most_waiting(graph: fx.Graph, gradients: set[fx.Node]) -> int:
+    """How many of these and of their sums are there at once."""
+    kept = gradients | set(graph.find_nodes(op="call_function", target=torch.ops.pe_fx.plus.default))
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last = {node: max(order[user] for user in node.users) for node in kept}
+    return max(sum(order[node] <= now < last[node] for node in kept) for now in order.values())
 
 
 def test_sums_in_half_precision_are_as_exact_as_in_float32() -> None:
@@ -213,7 +213,7 @@ def test_short_sums_and_float32_products_are_left_to_inductor() -> None:
     chain = pe_fx.transform(nn.Sequential(*(Residual() for _ in range(4))), X, share=("mlp",))
     _, products = compiled(chain, X, autocast=False)
     for graph in (short, products):
-        assert not graph.find_nodes(op="call_function", target=torch.ops.pe_fx.settle.default)
+        assert not graph.find_nodes(op="call_function", target=torch.ops.pe_fx.plus.default)
     adding = products.find_nodes(op="call_function", target=aten.addmm.default)
     assert len(adding) >= 6, "each gradient is added by the product that makes it"
 
@@ -288,5 +288,5 @@ def test_a_gradient_that_counts_twice_is_added_twice() -> None:
     sums.sum_in_turn(graph)
     graph.eliminate_dead_code()
     graph.lint()
-    assert len(graph.find_nodes(op="call_function", target=aten.add.Tensor)) == 5
-    assert len(graph.find_nodes(op="call_function", target=torch.ops.pe_fx.settle.default)) == 1
+    added = graph.find_nodes(op="call_function", target=torch.ops.pe_fx.plus.default)
+    assert Counter(term for node in added for term in node.args[:2]) == dict.fromkeys(products, 2) | dict.fromkeys(added[:-1], 1)

@@ -13,7 +13,7 @@ from pe_fx.operation import place_of
 
 log = logging.getLogger(__name__)
 
-UUID = "pe_fx lowering 1"
+UUID = "pe_fx lowering 2"
 """Changes with every pass: Inductor's caches tell compiled graphs apart by it."""
 
 PASSES = (share_casts, share_copies, sum_in_turn)

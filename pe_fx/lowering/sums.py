@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import torch
@@ -9,38 +10,42 @@ from torch import Tensor, fx
 
 from pe_fx.lowering.nodes import CAST, SAME_SIZE, aten, base_of, new_node
 
-GROUP = 4
-"""So many gradients are added in one kernel; more would all be kept until the last one is there."""
+FEW = 4
+"""So many gradients Inductor may keep, to add them in one kernel."""
 
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution_backward.default}
 
 
-@torch.library.custom_op("pe_fx::settle", mutates_args=())
-def settle(total: Tensor) -> Tensor:
-    """A copy, which Inductor does not look into: what it is made of is computed before what is made of it.
+@torch.library.custom_op("pe_fx::plus", mutates_args=())
+def plus(total: Tensor, term: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum, in `dtype`.
 
-    >>> settle(torch.ones(2))
-    tensor([1., 1.])
+    Inductor does not look into it: so it is computed before what it is added to, and there is no kernel to generate and compile.
+
+    >>> plus(torch.ones(2), torch.ones(2), torch.float64)
+    tensor([2., 2.], dtype=torch.float64)
     """
-    return total.clone()
+    return total.to(dtype) + term
 
 
-@settle.register_fake
-def _(total: Tensor) -> Tensor:
-    return torch.empty_like(total)
+plus.register_fake(lambda total, term, dtype: total.to(dtype) + term)
 
 
 def sum_in_turn(graph: fx.Graph) -> None:
-    """Splits sums of more than `GROUP` weight gradients, so that no more than that many are held at a time.
+    """Adds more than `FEW` weight gradients one by one, so that they are not all held at a time.
 
     Sums of float32 matrix products are left alone: Inductor turns each addition into the product's own accumulation.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for result in graph.output_node().args[0]:  # type: ignore[union-attr]
-        if isinstance(result, fx.Node) and result.target is aten.add.Tensor:
+        if isinstance(result, fx.Node) and result.target is aten.add.Tensor and _is_static(result):
             terms = sorted(_terms(result), key=order.__getitem__)
-            if len(terms) > GROUP and all(map(_is_product, terms)) and not all(term.target is aten.mm.default for term in _bases(terms)):
-                _split(graph, result, terms)
+            if len(terms) > FEW and all(map(_is_product, terms)) and not all(term.target is aten.mm.default for term in _bases(terms)):
+                _add(graph, result, terms)
+
+
+def _is_static(node: fx.Node) -> bool:
+    return all(isinstance(size, int) for size in node.meta["val"].shape)
 
 
 def _terms(node: fx.Node) -> list[fx.Node]:
@@ -64,12 +69,33 @@ def _is_product(term: fx.Node) -> bool:
     return base.target in PRODUCTS
 
 
-def _split(graph: fx.Graph, result: fx.Node, terms: list[fx.Node]) -> None:
-    total = terms[0]
-    for number, term in enumerate(terms[1:], start=1):
-        if number % GROUP == 0:
-            with graph.inserting_after(total):
-                total = new_node(graph, result, torch.ops.pe_fx.settle.default, total)
-        with graph.inserting_after(total if term is terms[number - 1] else term):  # one gradient may count twice
-            total = new_node(graph, result, aten.add.Tensor, total, term)
+def _add(graph: fx.Graph, result: fx.Node, terms: list[fx.Node]) -> None:
+    """Adds each term where it is made; what is made transposed apart, since a change of layout takes longer than an addition."""
+
+    def added(total: fx.Node, term: fx.Node) -> fx.Node:
+        return new_node(graph, result, torch.ops.pe_fx.plus.default, total, term, result.meta["val"].dtype)
+
+    sums: dict[bool, fx.Node] = {}
+    following = {term: term.next for term in terms}  # one gradient may count twice
+    for term in terms:
+        transposed = not term.meta["val"].is_contiguous()
+        with graph.inserting_before(following[term]):
+            exact = _uncast(graph, term)
+            sums[transposed] = added(sums[transposed], exact) if transposed in sums else exact
+    with graph.inserting_before(result):
+        total = functools.reduce(added, sums.values())
     result.replace_all_uses_with(total)
+
+
+def _uncast(graph: fx.Graph, term: fx.Node) -> fx.Node:
+    """The term before its cast to the dtype of the sum, which needs no copy in that."""
+    base = base_of(term, SAME_SIZE)
+    if base.target is not CAST:
+        return term
+
+    def redone(node: fx.Node) -> fx.Node:
+        inner = node.args[0]
+        assert isinstance(inner, fx.Node)
+        return inner if node is base else new_node(graph, node, node.target, redone(inner), *node.args[1:], **node.kwargs)
+
+    return redone(term)
