@@ -177,10 +177,9 @@ class Variant:
         return {"step_peak": peak, "kernels": kernels}
 
 
-def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: int) -> list[dict[str, str]]:
+def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: int, compilations: int) -> list[dict[str, str]]:
     subject = SUBJECTS[name]
     torch.manual_seed(0)
-    torch.compiler.reset()
     dense = subject.build().to(device)
     inputs = subject.sample(batch or subject.batch).to(device)
     tied = pe_fx.transform(dense, inputs, **subject.options)
@@ -193,13 +192,17 @@ def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: i
     ]
     if subject.options.get("entry", "keep") == "keep":  # the others change modules, which a graph does not have
         variants.append(Variant("dense, pe_fx", dense, "pe_fx", inputs, autocast))
-    seconds = [variant.compile() for variant in tqdm(variants, desc=f"{name}: compile", leave=False)]
+    seconds: list[list[float]] = [[] for _ in variants]
+    for i, variant in tqdm(list(enumerate(variants)) * compilations, desc=f"{name}: compile", leave=False):
+        if i == 0:
+            torch.compiler.reset()
+        seconds[i].append(variant.compile())
     for _ in tqdm(range(rounds), desc=f"{name}: steps", leave=False):
         for variant in variants:
             variant.step()
     first = variants[0]
     rows = []
-    for variant, compiled in zip(variants, seconds, strict=True):
+    for i, variant in enumerate(variants):
         row: dict[str, str] = {
             "model": name,
             "variant": variant.name,
@@ -208,7 +211,7 @@ def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: i
         }
         row["step"] = f"{statistics.median(a / b for a, b in zip(map(sum, variant.spans), map(sum, first.spans), strict=True)):.2f}"
         row |= {part: f"{variant.median(part) / first.median(part):.2f}" for part in PARTS}
-        row["compile"] = f"{compiled / seconds[0]:.2f}"
+        row["compile"] = f"{statistics.median(a / b for a, b in zip(seconds[i], seconds[0], strict=True)):.2f}"
         row |= {key: f"{value / 1e6:.1f} MB" for key, value in variant.bytes().items()}
         if device == "cuda":
             extra = variant.on_gpu()
@@ -224,6 +227,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default: a small one that suits two CPU cores")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 is autocast; default: bf16 on a GPU")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compilations", type=int, default=1, help="how often each variant is compiled, in turns; the ratio is the median")
     parser.add_argument("--csv", type=Path, help="write the rows here, too")
     options = parser.parse_args()
     torch._inductor.config.force_disable_caches = True  # compile times are to be compared
@@ -233,7 +237,7 @@ def main() -> None:
     torch.compile(nn.Linear(4, 4).to(options.device))(torch.ones(2, 4, device=options.device)).sum().backward()  # loads the compiler
     done: list[dict[str, str]] = []
     for name in options.models:
-        rows = measure(name, options.device, options.batch, autocast, options.rounds)
+        rows = measure(name, options.device, options.batch, autocast, options.rounds, options.compilations)
         print("\n" + table(list(rows[0]), [list(row.values()) for row in rows]), flush=True)
         done += rows
         if options.csv:
