@@ -141,8 +141,7 @@ class Backend:
         inside = all(tie.source in places for tie in ties)
         own = {} if inside else {places[name]: weakref.ref(weights[name].parameter) for name in targets}
 
-        @functools.wraps(run)
-        def checked(*args: Any) -> Any:
+        def check(args: Sequence[Any]) -> None:
             if held and inside and not any(ledger.is_decided(args[place]) for place in held):
                 ledger.record(sites, {name: args[place] for name, place in places.items()})
             alike = all(ledger.ties_of(args[place]) == known for place, known in held.items())
@@ -152,6 +151,17 @@ class Backend:
                     "Dynamo runs this graph with the weights of another model, whose ties were decided otherwise: "
                     "call torch.compiler.reset(), and compile both models as a whole"
                 )
+
+        where = list(places.values())
+        passed: tuple[object, list[int]] | None = None  # with these weights, while the ledger stays as it is
+
+        @functools.wraps(run)
+        def checked(*args: Any) -> Any:
+            nonlocal passed
+            given = [id(args[place]) for place in where]
+            if passed != (ledger.state, given):
+                check(args)
+                passed = ledger.state, given
             return run(*args)
 
         return checked

@@ -44,6 +44,7 @@ class Ledger:
     def clear(self) -> None:
         self._held: dict[int, list[Held]] = {}
         self._unnamed: dict[int, frozenset[Tie]] = {}
+        self.state = object()  # another one after each change
         self.warned = False  # whether there is no need to say that nothing was tied
 
     def record(self, sites: Sequence[Site], weights: Mapping[str, nn.Parameter]) -> None:
@@ -58,10 +59,12 @@ class Ledger:
                 self._held[id(weights[tie.target])].append(Held(site, tie, weights[tie.source]))
         for weight in weights.values():
             self._unnamed[id(weight)] = frozenset(unnamed(held.tie) for held in self._held[id(weight)])
+        self.state = object()
 
     def _forget(self, key: int) -> None:
         self._held.pop(key, None)
         self._unnamed.pop(key, None)
+        self.state = object()
 
     def ties_of(self, weight: nn.Parameter) -> frozenset[Tie]:
         """What the weight is a target of, without names: those are another graph's."""

@@ -537,6 +537,32 @@ def test_a_graph_refuses_weights_that_were_decided_otherwise(unlowered: list[str
         compiled(alone[2])(hidden)
 
 
+def test_a_graph_refuses_weights_that_were_decided_since_it_ran_with_them(unlowered: list[str]) -> None:
+    hidden = torch.ones(2, 16)
+    alone, later = mlp(), mlp()
+    for model in (alone, later):
+        compiled(model[2])(hidden)
+    assert len(unlowered) == 1
+    compiled(later)(X)
+    with pytest.raises(PeFxError, match="decided otherwise"):
+        compiled(later[2])(hidden)
+
+
+def test_a_graph_asks_the_ledger_once_for_the_same_weights(unlowered: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Parameter] = []
+    ties_of = Ledger.ties_of
+
+    def counted(ledger: Ledger, weight: nn.Parameter) -> frozenset[Tie]:
+        asked.append(weight)
+        return ties_of(ledger, weight)
+
+    monkeypatch.setattr(Ledger, "ties_of", counted)
+    run = compiled(mlp())
+    for _ in range(3):
+        run(X)
+    assert len(asked) == 1
+
+
 # ---- commit
 
 
