@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -91,19 +92,23 @@ def rewrite_graph(gm: fx.GraphModule, plan: Plan, weights: Mapping[str, fx.Node]
     targets = _by_target(plan.ties)
     kept = {name: _kept(ties) for name, ties in targets.items()}
     tracer = fx.proxy.GraphAppendingTracer(gm.graph)
-    first_call = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
-    readers = {name: list(nodes[name].users) for name in targets}
-    known = set(gm.graph.nodes)
-    with gm.graph.inserting_before(first_call):
-        stored: dict[str, Any] = {name: fx.Proxy(nodes[name], tracer) for tie in plan.ties for name in (tie.target, tie.source)}
-        for name, ranges in kept.items():
-            if ranges:
-                axis = _axis(targets[name])
-                stored[name] = View((*[None] * axis, ranges))(stored[name])
-        for name, ties in targets.items():
-            dense: Any = _layout(ties, targets, kept).assemble(stored[name], [stored[tie.source] for tie in ties])
-            for reader in readers[name]:
-                reader.replace_input_with(nodes[name], dense.node)
+    known = {node: i for i, node in enumerate(gm.graph.nodes)}
+
+    @functools.cache
+    def stored(name: str) -> Any:
+        weight: Any = fx.Proxy(nodes[name], tracer)
+        ranges = kept.get(name)
+        return View((*[None] * _axis(targets[name]), ranges))(weight) if ranges else weight
+
+    switch = next((node for node in gm.graph.nodes if node.op == "call_function" and value_of(node) is None), gm.graph.output_node())
+    readers = {name: list(nodes[name].users) for name in targets if nodes[name].users}
+    # where it is first read, since autograd comes late to what is made early; but before grad mode or autocast may be another
+    places = {name: min((*users, switch), key=known.__getitem__) for name, users in readers.items()}
+    for name, place in sorted(places.items(), key=lambda item: known[item[1]]):
+        with gm.graph.inserting_before(place):
+            dense: Any = _layout(targets[name], targets, kept).assemble(stored(name), [stored(tie.source) for tie in targets[name]])
+        for reader in readers[name]:
+            reader.replace_input_with(nodes[name], dense.node)
     _record_values([node for node in gm.graph.nodes if node not in known])
     gm.graph.lint()
     gm.recompile()

@@ -162,10 +162,11 @@ def test_float32_has_nothing_to_cast() -> None:
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_gradients_of_a_stage_are_added_as_they_come(autocast: bool) -> None:
-    """12 uses of one W: no more than `GROUP` gradients wait for each other."""
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_a_stage_are_added_as_they_come(tied: bool, autocast: bool) -> None:
+    """12 uses of one W: no more than a few gradients wait for each other."""
     x = torch.randn(2, 64, 8, 8)
-    model = pe_fx.transform(stage(6), x)
+    model = pe_fx.transform(stage(6), x) if tied else stage(6)
     _, backward = compiled(model, x, autocast=autocast)
     added = backward.find_nodes(op="call_function", target=torch.ops.pe_fx.plus.default)
     gradients = {term for node in added for term in node.args[:2]} - set(added)
@@ -216,6 +217,19 @@ def test_short_sums_and_float32_products_are_left_to_inductor() -> None:
         assert not graph.find_nodes(op="call_function", target=torch.ops.pe_fx.plus.default)
     adding = products.find_nodes(op="call_function", target=aten.addmm.default)
     assert len(adding) >= 6, "each gradient is added by the product that makes it"
+
+
+def test_a_dense_model_becomes_the_graph_of_the_tied_one() -> None:
+    """Operation by operation: so it is fused alike, and takes as long to compile and to run."""
+    x = torch.randn(2, 64, 8, 8)
+    joint = []
+    for model in (stage(3), pe_fx.transform(stage(3), x)):
+        torch.compiler.reset()
+        recorder = Recorder()
+        torch.compile(model, backend="pe_fx", options={"inductor": {"joint_custom_pre_pass": recorder}})(x).sum().backward()
+        calls = [node for graph in recorder.graphs for node in graph.nodes if node.op == "call_function"]
+        joint.append([(node.target, getattr(node.meta["val"], "shape", None)) for node in calls])
+    assert joint[0] == joint[1]
 
 
 # ---- passes of the user
