@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Iterable
 
@@ -31,13 +32,17 @@ def vary(sites: Iterable[Site], mix: str, gain: float | None) -> list[Site]:
     for site in sites:
         scale = None if site.entry is not None else gain
         ties = [
-            tie if tie.channels is None else dataclasses.replace(tie, seed=_seed(tie) if mix == "signed" else None, gain=scale)
+            tie if tie.channels is None else dataclasses.replace(tie, seed=_seed(tie, site) if mix == "signed" else None, gain=scale)
             for tie in site.ties
         ]
         varied.append(dataclasses.replace(site, ties=tuple(ties)))
     return varied
 
 
-def _seed(tie: Tie) -> int:
-    """Of the weight's own name: it does not depend on what else is tied."""
-    return zlib.crc32(str(tie.into).encode())
+def _seed(tie: Tie, site: Site) -> int:
+    """Of the weight's own name: it does not depend on what else is tied.
+
+    Without its numbers, so that blocks alike are mixed by the same kernels; where blocks share one W, the mix is all that tells them apart.
+    """
+    name = str(tie.into)
+    return zlib.crc32((name if site.stage is not None else re.sub(r"\d+", "", name)).encode())

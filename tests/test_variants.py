@@ -49,9 +49,15 @@ def test_mixes_are_the_same_for_ever() -> None:
 def test_a_seed_belongs_to_its_weight() -> None:
     every = {tie.target: tie.seed for tie in pe_fx.plan(blocks(3), X, mix="signed").ties}
     some = {tie.target: tie.seed for tie in pe_fx.plan(blocks(3), X, mix="signed", exclude=["blocks.0"]).ties}
-    assert len(set(every.values())) == 3
     assert some == {name: every[name] for name in some}
     assert len(some) == 2
+
+
+def test_blocks_alike_are_mixed_alike_unless_they_share_one_matrix() -> None:
+    own = pe_fx.plan(blocks(3), X, mix="signed").ties
+    shared = [tie for tie in pe_fx.plan(blocks(3), X, mix="signed", share=("mlp",)).ties if tie.channels is not None]
+    assert (len(own), len({tie.seed for tie in own})) == (3, 1)
+    assert (len(shared), len({tie.seed for tie in shared})) == (3, 3)
 
 
 def test_seeds_differ() -> None:
