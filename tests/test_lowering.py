@@ -173,6 +173,7 @@ def test_gradients_of_a_stage_are_added_as_they_come(tied: bool, autocast: bool)
     assert (len(gradients), len(added)) == (12, 11)
     assert all(term.meta["val"].dtype is (torch.bfloat16 if autocast else torch.float32) for term in gradients), "no copy in float32"
     assert all(node.meta["val"].dtype is torch.float32 for node in added)
+    assert added[-1].meta["val"].is_contiguous(), "else autograd would copy it"
     assert most_waiting(backward, gradients) <= 4, "two sums, one of them of what is made transposed, and two gradients that were just made"
 
 

@@ -83,7 +83,7 @@ def _add(graph: fx.Graph, result: fx.Node, terms: list[fx.Node]) -> None:
             exact = _uncast(graph, term)
             sums[transposed] = added(sums[transposed], exact) if transposed in sums else exact
     with graph.inserting_before(result):
-        total = functools.reduce(added, sums.values())
+        total = functools.reduce(added, (sums[transposed] for transposed in sorted(sums)))  # the first decides on the layout
     result.replace_all_uses_with(total)
 
 
