@@ -9,6 +9,7 @@ import os
 import pickle
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -233,11 +234,21 @@ def test_options_tie_more_of_a_tied_model(unlowered: list[str]) -> None:
 
 
 def test_a_graph_refuses_weights_of_another_mix(unlowered: list[str]) -> None:
+    model = nn.Sequential(OrderedDict(first=mlp(), act=nn.Tanh(), last=mlp()))  # by another name, another mix
+    compiled(model, mix="signed")(X)
+    compiled(model.first, mix="signed")(X)
+    with pytest.raises(PeFxError, match="decided otherwise"):  # Dynamo takes the graph of the first block for the last
+        compiled(model.last, mix="signed")(X)
+
+
+def test_blocks_alike_share_a_graph_also_when_they_are_mixed(unlowered: list[str]) -> None:
     model = nn.Sequential(mlp(), nn.Tanh(), mlp())
     compiled(model, mix="signed")(X)
     compiled(model[0], mix="signed")(X)
-    with pytest.raises(PeFxError, match="decided otherwise"):  # Dynamo takes the graph of the first block for the last
-        compiled(model[2], mix="signed")(X)
+    y = compiled(model[2], mix="signed")(X)
+    assert len(unlowered) == 2
+    pe_fx.commit(model)
+    torch.testing.assert_close(model[2](X), y)
 
 
 def test_variants_of_a_tied_model_train_as_eager() -> None:
