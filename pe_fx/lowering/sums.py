@@ -45,6 +45,7 @@ def sum_in_turn(graph: fx.Graph) -> None:
 
 
 def _is_static(node: fx.Node) -> bool:
+    """As weights are: what has a dynamic batch is the gradient of none."""
     return all(isinstance(size, int) for size in node.meta["val"].shape)
 
 
