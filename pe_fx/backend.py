@@ -27,7 +27,7 @@ from pe_fx.ties import Site, Tie
 log = logging.getLogger(__name__)
 
 TRANSFORM_OPTIONS = ("rules", "share", "include", "exclude", "mix")
-OPTIONS = (*TRANSFORM_OPTIONS, "mode", "inductor")
+OPTIONS = (*TRANSFORM_OPTIONS, "mode", "inductor", "single_read")
 
 
 class Backend:
@@ -39,7 +39,8 @@ class Backend:
     >>> compiled = torch.compile(model, backend="pe_fx", options={"rules": ["mlp"]})
 
     `options` takes `rules`, `share`, `include`, `exclude` and `mix` of `pe_fx.transform`; `mode`, a mode of torch.compile, which itself
-    takes mode or options, not both; and `inductor`, a dict of `torch._inductor.config` entries.
+    takes mode or options, not both; `inductor`, a dict of `torch._inductor.config` entries; and `single_read`: whether feed-forward
+    layers of few rows read their weight once in graphs without gradients (default: yes).
 
     In a model that was transformed, `pe_fx.transform` has decided what is tied: nothing more is, unless these options are given.
     A weight that is tied away is not read any more and gets no gradient. The ties are decided by the first graph that reads a
@@ -64,7 +65,9 @@ class Backend:
         held, absent = self.ledger.sites(parameters)
         new = self._new_sites(gm, weights, {name: options[name] for name in TRANSFORM_OPTIONS if name in options})
         tied = self._tied(gm, weights, [*held, *new], absent)
-        run = lower(tied, example_inputs, options.get("mode", mode), options.get("inductor", {}), run_passes, UUID)
+        once = bool(options.get("single_read", True))
+        passes = functools.partial(run_passes, single_read=once)
+        run = lower(tied, example_inputs, options.get("mode", mode), options.get("inductor", {}), passes, f"{UUID} {once}")
         self.ledger.record(new, parameters)  # not before: where compilation fails, no graph holds them
         self._report(gm, weights, [*held, *new], new)
         return self._checked(run, weights, [*held, *new])

@@ -8,6 +8,7 @@ from torch import fx
 
 from pe_fx.lowering.casts import share_casts
 from pe_fx.lowering.copies import share_copies
+from pe_fx.lowering.once import read_once
 from pe_fx.lowering.sums import sum_in_turn
 from pe_fx.operation import place_of
 
@@ -16,12 +17,14 @@ log = logging.getLogger(__name__)
 UUID = "pe_fx lowering 2"
 """Changes with every pass: Inductor's caches tell compiled graphs apart by it."""
 
-PASSES = (share_casts, share_copies, sum_in_turn)
+PASSES = (share_casts, read_once, share_copies, sum_in_turn)
 
 
-def run_passes(graph: fx.Graph) -> None:
+def run_passes(graph: fx.Graph, single_read: bool = True) -> None:
     """Every pass in turn. What a pass changes is whole at each step, so one that fails is logged, and the graph is right as it is."""
     for lowering_pass in PASSES:
+        if lowering_pass is read_once and not single_read:
+            continue
         try:
             lowering_pass(graph)
         except Exception as error:

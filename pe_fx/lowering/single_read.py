@@ -14,18 +14,18 @@ from pe_fx.lowering import single_read_cpu, single_read_gpu
 from pe_fx.lowering.unit import evaluate
 
 NAME = "pe_fx::single_read"
-torch.library.define(NAME, "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? signs, str unit, int splits) -> Tensor")
+torch.library.define(NAME, "(Tensor x, Tensor[] weights, Tensor?[] biases, int negated, str unit, int splits) -> Tensor")
 
 
-def plain(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], signs: Tensor | None, unit: str, splits: int) -> Tensor:
-    """`Σⱼ wⱼ signsⱼ unit(u₀ⱼ·x + b₀ⱼ, …)` over the rows of the last weight, in plain operations.
+def plain(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], negated: int, unit: str, splits: int) -> Tensor:
+    """`Σⱼ ±wⱼ unit(u₀ⱼ·x + b₀ⱼ, …)` over the rows of the last weight, in plain operations.
 
     >>> x, weight = torch.randn(2, 4), torch.randn(8, 4)
-    >>> parts = torch.ops.pe_fx.single_read(x, [weight], [None], None, "t0=maximum(a,0.0)", 1)
+    >>> parts = torch.ops.pe_fx.single_read(x, [weight], [None], 0, "t0=maximum(a,0.0)", 1)
     >>> torch.testing.assert_close(parts.sum(0), (x @ weight.t()).relu() @ weight)
 
-    x: (rows, d); weights: (h, d) each, the last of which is read for both uses; biases: (h) or None; signs: (h), a factor for each
-    hidden unit. Float32, float16 or bfloat16, all alike. Returned is (splits, rows, d) in float32: sums over some of the hidden
+    x: (rows, d); weights: (h, d) each, the last of which is read for both uses; biases: (h) or None; the first `negated`
+    hidden units count as their negative. Float32, float16 or bfloat16, all alike. Returned is (splits, rows, d) in float32: sums over some of the hidden
     units each, to be added by who reads them, so that the addition is fused with what follows, and always in the same order.
     """
     values = [
@@ -33,17 +33,18 @@ def plain(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], signs: 
         for weight, bias in zip(weights, biases, strict=True)
     ]
     hidden = evaluate(unit, values)
-    if signs is not None:
-        hidden = hidden * signs.float()
+    hidden[:, :negated] *= -1
     whole = hidden @ weights[-1].float()
     return torch.cat([whole[None], whole.new_zeros(splits - 1, *whole.shape)])
 
 
 @torch.library.register_fake(NAME)
-def fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], signs: Tensor | None, unit: str, splits: int) -> Tensor:
+def fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], negated: int, unit: str, splits: int) -> Tensor:
     return x.new_empty((splits, *x.shape), dtype=torch.float32)
 
 
 torch.library.impl(NAME, "CompositeExplicitAutograd", plain)
 torch.library.impl(NAME, "CPU", single_read_cpu.single_read)
 torch.library.impl(NAME, "CUDA", single_read_gpu.single_read)
+
+OPERATION = torch.ops.pe_fx.single_read.default

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def single_read(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], signs: Tensor | None, unit: str, splits: int) -> Tensor:
+def single_read(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], negated: int, unit: str, splits: int) -> Tensor:
     from pe_fx.lowering.single_read import plain
 
-    return plain(x, weights, biases, signs, unit, splits)
+    return plain(x, weights, biases, negated, unit, splits)
+
+
+def pays(rows: int, width: int, height: int, weights: int, dtype: torch.dtype) -> bool:
+    """Whether it is faster than two products."""
+    return 0 < rows <= 4
+
+
+def splits_of(device: torch.device, width: int, rows: int, weights: int) -> int:
+    return 1

@@ -34,7 +34,7 @@ def pe_expm1(x):
 '''
 
 
-SIZES = ("HEIGHT", "WIDTH", "PADDED", "BLOCK", "TURNS", "STAGES")
+SIZES = ("HEIGHT", "NEGATED", "WIDTH", "PADDED", "BLOCK", "TURNS", "STAGES")
 
 
 class Tuning(NamedTuple):
@@ -53,6 +53,11 @@ def tuning_of(width: int, rows: int, weights: int) -> Tuning:
     return Tuning(block, 8 if padded >= 2048 else 4, 2, 2 if padded >= 2048 else 4)
 
 
+def pays(rows: int, width: int, height: int, weights: int, dtype: torch.dtype) -> bool:
+    """Whether it is faster than two products."""
+    return 0 < rows <= 4 and width <= 8192
+
+
 def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
@@ -63,42 +68,36 @@ def splits_of(device: torch.device, width: int, rows: int, weights: int) -> int:
     return processors * tuning_of(width, rows, weights).programs
 
 
-def single_read(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], signs: Tensor | None, unit: str, splits: int) -> Tensor:
-    return launch(x, weights, biases, signs, unit, splits, tuning_of(x.shape[1], x.shape[0], len(weights)))
+def single_read(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], negated: int, unit: str, splits: int) -> Tensor:
+    return launch(x, weights, biases, negated, unit, splits, tuning_of(x.shape[1], x.shape[0], len(weights)))
 
 
-def launch(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], signs: Tensor | None, unit: str, splits: int, tuning: Tuning
-) -> Tensor:
+def launch(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], negated: int, unit: str, splits: int, tuning: Tuning) -> Tensor:
     rows, width = x.shape
     out = torch.empty((splits, rows, width), dtype=torch.float32, device=x.device)
     if not out.numel():
         return out
-    given = (*(bias is not None for bias in biases), signs is not None)
     pointers = [x.contiguous(), *(weight.contiguous() for weight in weights), *(bias for bias in biases if bias is not None)]
-    if signs is not None:
-        pointers.append(signs)
-    kernel = compiled(unit, rows, len(weights), given)
+    kernel = compiled(unit, rows, tuple(bias is not None for bias in biases), negated > 0)
     height = weights[-1].shape[0]
-    sizes = {"HEIGHT": height, "WIDTH": width, "PADDED": power_of_two(width)}
+    sizes = {"HEIGHT": height, "NEGATED": negated, "WIDTH": width, "PADDED": power_of_two(width)}
     loop = {"BLOCK": tuning.block, "TURNS": -(-height // (splits * tuning.block)), "STAGES": tuning.stages}
     kernel[(splits,)](*pointers, out, **sizes, **loop, num_warps=tuning.warps)
     return out
 
 
 @functools.cache
-def compiled(unit: str, rows: int, weights: int, given: tuple[bool, ...]) -> Any:
+def compiled(unit: str, rows: int, biased: tuple[bool, ...], signed: bool) -> Any:
     """The kernel, in a module of its own, since Triton reads source files."""
     from torch._inductor.codecache import PyCodeCache
 
-    return PyCodeCache.load(kernel_source(unit, rows, weights, given)).kernel
+    return PyCodeCache.load(kernel_source(unit, rows, biased, signed)).kernel
 
 
-def kernel_source(unit: str, rows: int, weights: int, given: tuple[bool, ...]) -> str:
-    """`given`: which weights have a bias, and whether there are signs."""
-    *biased, signed = given
-    each = range(weights)
-    names = [f"w{i}" for i in each] + [f"bias{i}" for i in each if biased[i]] + ["signs"] * signed
+def kernel_source(unit: str, rows: int, biased: tuple[bool, ...], signed: bool) -> str:
+    """`biased`: which of the weights have a bias."""
+    each = range(len(biased))
+    names = [f"w{i}" for i in each] + [f"bias{i}" for i in each if biased[i]]
     lines = [
         HEADER,
         "",
@@ -120,7 +119,7 @@ def kernel_source(unit: str, rows: int, weights: int, given: tuple[bool, ...]) -
     lines += [f"        v{i} = tl.load(w{i} + place, mask, other=0.0).to(tl.float32)" for i in each]
     lines += [f"        c{i} = tl.load(bias{i} + index, there, other=0.0).to(tl.float32)" for i in each if biased[i]]
     if signed:
-        lines.append("        sign = tl.load(signs + index, there, other=0.0).to(tl.float32)")
+        lines.append("        sign = tl.where(index < NEGATED, -1.0, 1.0)")
     for row in range(rows):
         for i in each:
             value = f"tl.sum(v{i} * x_{row}, 1)" + f" + c{i}" * biased[i]
@@ -129,6 +128,6 @@ def kernel_source(unit: str, rows: int, weights: int, given: tuple[bool, ...]) -
             lines.append(f"        {name} = {expression}")
             result = name
         lines.append(f"        h_{row} = {result}" + " * sign" * signed)
-        lines.append(f"        total_{row} += tl.sum(v{weights - 1} * h_{row}[:, None], 0)")
+        lines.append(f"        total_{row} += tl.sum(v{each[-1]} * h_{row}[:, None], 0)")
     lines += [f"    tl.store(out + (tl.program_id(0) * {rows} + {row}) * WIDTH + column, total_{row}, inside)" for row in range(rows)]
     return "\n".join(lines) + "\n"
