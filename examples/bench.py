@@ -39,8 +39,8 @@ def images(batch: int) -> Tensor:
     return torch.randn(batch, 3, 224, 224)
 
 
-def tokens(batch: int) -> Tensor:
-    return torch.randint(50_257, (batch, 128))
+def tokens(batch: int, length: int = 128) -> Tensor:
+    return torch.randint(50_257, (batch, length))
 
 
 class Decoder(nn.Module):
@@ -129,7 +129,12 @@ class Variant:
             loss: Tensor = self.compiled(self.inputs).float().square().mean()
         return loss
 
-    def step(self) -> None:
+    def steps(self, count: int = 1, skipped: int = 0) -> None:
+        """Takes so many steps, one behind the other; the first ones are not counted."""
+        clocks = [self.step() for _ in range(count)]
+        self.spans += [clock.spans() for clock in clocks[skipped:]]
+
+    def step(self) -> Clock:
         clock = Clock(self.device == "cuda")
         clock.mark()
         loss = self.loss()
@@ -139,15 +144,14 @@ class Variant:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         clock.mark()
-        self.spans.append(clock.spans())
+        return clock
 
     def compile(self) -> float:
         """Seconds of the first step, which compiles, beyond those of the second."""
         start = time.perf_counter()
-        self.step()
+        self.step().spans()
         middle = time.perf_counter()
-        self.step()
-        self.spans.clear()
+        self.step().spans()
         return 2 * middle - start - time.perf_counter()
 
     def median(self, *parts: str) -> float:
@@ -161,8 +165,8 @@ class Variant:
         state = sum(value.nbytes for held in self.optimizer.state.values() for value in held.values() if isinstance(value, Tensor))
         return {"weights": sum(p.nbytes for p in self.model.parameters()), "gradients": gradients, "state": state}
 
-    def on_gpu(self) -> dict[str, float]:
-        """Peak memory that a step adds to what is there before it, and the kernels that it launches."""
+    def on_gpu(self) -> tuple[dict[str, float], str]:
+        """Peak memory that a step adds to what is there before it, the kernels that it launches, and the profile."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -174,7 +178,8 @@ class Variant:
             torch.cuda.synchronize()
         events = [event for event in profile.key_averages() if event.device_type.name == "CUDA" and not event.is_user_annotation]
         kernels = sum(event.count for event in events if not event.key.startswith("Mem"))  # neither memory copied nor set
-        return {"step_peak": peak, "kernels": kernels}
+        table: str = profile.key_averages().table(sort_by="self_device_time_total", row_limit=20, max_name_column_width=90)
+        return {"step_peak": peak, "kernels": kernels}, table
 
 
 def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: int, compilations: int) -> list[dict[str, str]]:
@@ -199,7 +204,7 @@ def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: i
         seconds[i].append(variant.compile())
     for _ in tqdm(range(rounds), desc=f"{name}: steps", leave=False):
         for variant in variants:
-            variant.step()
+            variant.steps()
     first = variants[0]
     rows = []
     for i, variant in enumerate(variants):
@@ -214,7 +219,7 @@ def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: i
         row["compile"] = f"{statistics.median(a / b for a, b in zip(seconds[i], seconds[0], strict=True)):.2f}"
         row |= {key: f"{value / 1e6:.1f} MB" for key, value in variant.bytes().items()}
         if device == "cuda":
-            extra = variant.on_gpu()
+            extra, _ = variant.on_gpu()
             row |= {"step peak": f"{extra['step_peak'] / 1e6:.0f} MB", "kernels": f"{extra['kernels']:.0f}"}
         rows.append(row)
     return rows

@@ -1,0 +1,536 @@
+"""`python examples/gpu.py`: everything that only a GPU can tell, in one command of at most nine minutes.
+
+    tests   the backend, its lowering and how tied models are trained, on the GPU
+    bench   training steps in bf16, dense and tied, through Inductor and through the backend pe_fx
+    once    a feed-forward layer of few rows that reads its tied weight once, beside the dense one
+    tune    the same kernel with other block sizes, warps and pipeline stages
+    learn   the learning study at scale (at_scale.py)
+
+All that is to be timed compiles at once, in processes of their own, while the nets train; then each of them has the GPU to itself in its
+turn, all else stopped; then the tests run beside the nets. Rows go to CSV files in `--out` as soon as they are measured, and a second call leaves
+out what is there. `--dry-run` runs every step with tiny sizes on the CPU, Triton's kernels in its interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import datetime
+import importlib.util
+import itertools
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = ("tests", "bench", "once", "tune", "learn")
+NEEDED = {"tests": ("pytest", "xdist", "timm", "hypothesis"), "bench": ("timm", "transformers"), "learn": ("sklearn", "timm")}
+
+BENCH = [("deit_small", 128), ("resnet50_expand", 128), ("gpt2", 8), ("resnet50_keep", 128), ("deit_small", 8), ("resnet50_slice", 128), ("gpt2", 1)]
+GPT2_TOKENS = 1024
+
+MLP = "t0=mul(a,0.5);t1=mul(a,0.7071067811865476);t2=erf(t1);t3=add(t2,1.0);t4=mul(t0,t3)"
+GATED = "t0=neg(a);t1=exp(t0);t2=add(t1,1.0);t3=div(a,t2);t4=mul(t3,b)"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A feed-forward layer, by its sizes; the rows with which it is measured, and those with which everything is tried."""
+
+    kind: str
+    width: int
+    height: int
+    rows: tuple[int, ...]
+    autotuned: tuple[int, ...] = ()
+
+
+LAYERS = (
+    Layer("mlp", 4096, 16384, (1, 2, 4, 8, 16, 32), (1, 4)),
+    Layer("gated", 4096, 11008, (1, 2, 4), (1,)),
+    Layer("mlp", 1024, 4096, (1, 2, 4, 8)),
+    Layer("mlp", 768, 3072, (1, 4, 8)),
+    Layer("mlp", 2048, 8192, (1, 2, 4)),
+)
+TINY = (Layer("mlp", 48, 96, (1, 2)), Layer("gated", 48, 64, (1,)))
+
+
+# ------------------------------------------------------------------------------------------------------------------ in children
+
+
+@dataclass
+class Turn:
+    """A child's place in the order of the measurements."""
+
+    work: Path
+    name: str
+    ready_by: float
+
+    @property
+    def time_left(self) -> float:
+        return self.ready_by - time.time()
+
+    def wait(self) -> None:
+        """Says that all is compiled, and waits for the GPU."""
+        (self.work / f"{self.name}.ready").touch()
+        while not (self.work / f"{self.name}.go").exists():
+            time.sleep(0.05)
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def made_by() -> dict[str, str]:
+    import torch
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"card": card, "versions": f"torch {torch.__version__}", "date": datetime.date.today().isoformat()}
+
+
+def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
+    """One model's variants, each compiled, then steps in turns."""
+    import functools
+
+    import torch
+    from bench import PARTS, SUBJECTS, Subject, Variant, tokens
+
+    import pe_fx
+
+    name, batch = case.split("@")
+    if dry:
+        import timm
+
+        build = functools.partial(timm.create_model, "vit_tiny_patch16_224", depth=1, embed_dim=32, num_heads=2)
+        subject = Subject(build)
+    else:
+        subject = SUBJECTS[name]
+    device = "cpu" if dry else "cuda"
+    sample = functools.partial(tokens, length=GPT2_TOKENS) if name == "gpt2" else subject.sample
+    inputs = sample(int(batch)).to(device)
+    torch.manual_seed(0)
+    dense = subject.build().to(device)
+    options = subject.options
+    recipes: list[tuple[str, str, Callable[[], Any]]] = [
+        ("dense, inductor", "inductor", lambda: dense),
+        ("tied, pe_fx", "pe_fx", lambda: pe_fx.transform(dense, inputs[:1], **options)),
+        ("tied, inductor", "inductor", lambda: pe_fx.transform(dense, inputs[:1], **options)),
+    ]
+    if options.get("entry", "keep") == "keep":
+        recipes.append(("dense, pe_fx", "pe_fx", subject.build))
+    recipes.append(("signed, pe_fx", "pe_fx", lambda: pe_fx.transform(dense, inputs[:1], mix="signed", **options)))
+    variants = []
+    longest = 0.0
+    for title, backend, build_variant in recipes:
+        if variants and turn.time_left < longest:
+            print(f"{case}: no time left to compile {title}", flush=True)
+            break
+        start = time.time()
+        variant = Variant(title, build_variant().to(device), backend, inputs, autocast=True)
+        variant.steps(2)
+        variant.spans.clear()
+        longest = max(longest, time.time() - start)
+        print(f"{case}: {title} compiled in {time.time() - start:.0f} s", flush=True)
+        variants.append(variant)
+        if not dry:
+            torch.cuda.empty_cache()
+    turn.wait()
+    end = time.time() + 12
+    for i in range(16):
+        for variant in variants:
+            variant.steps(1 if dry else 4, 0 if dry or i else 2)
+        if i > 1 and time.time() > end:
+            break
+    first = variants[0]
+    for variant in variants:
+        ratios = [sum(a) / sum(b) for a, b in zip(variant.spans, first.spans, strict=True)]
+        row: dict[str, Any] = {"model": name, "batch": batch, "dtype": "bf16", "variant": variant.name}
+        row |= {"step": f"{statistics.median(ratios):.3f}", "rounds": len(variant.spans), "ms": f"{variant.median() * 1000:.3f}"}
+        row |= {part: f"{variant.median(part) / first.median(part):.3f}" for part in PARTS}
+        sizes = variant.bytes()
+        row |= {f"{key}_mb": f"{value / 1e6:.1f}" for key, value in sizes.items()} | {"peak_mb": "", "kernels": ""}
+        if not dry:
+            extra, table = variant.on_gpu()
+            row |= {"peak_mb": f"{(extra['step_peak'] + sizes['weights'] + sizes['state']) / 1e6:.0f}", "kernels": f"{extra['kernels']:.0f}"}
+            with (out / "profile.txt").open("a", encoding="utf-8") as file:
+                file.write(f"\n## {name}, batch {batch}, {variant.name}\n{table}\n")
+        append(out / "bench.csv", row | made_by())
+
+
+def graphed(call: Callable[[], Any], dry: bool) -> Callable[[], Any]:
+    """The call as a CUDA graph."""
+    import torch
+
+    call()
+    if dry:
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def microseconds(calls: Sequence[Callable[[], Any]], dry: bool, rounds: int = 25) -> list[list[float]]:
+    """Of each call, in turns."""
+    import torch
+
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(2 if dry else rounds):
+        for times, call in zip(found, calls, strict=True):
+            if dry:
+                start = time.perf_counter()
+                call()
+                times.append((time.perf_counter() - start) * 1e6)
+            else:
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                call()
+                events[0].record()
+                for _ in range(3):
+                    call()
+                events[1].record()
+                torch.cuda.synchronize()
+                times.append(events[0].elapsed_time(events[1]) * 1000 / 3)
+    return found
+
+
+def weights_of(layer: Layer, device: str, dtype: Any, dry: bool) -> list[dict[str, Any]]:
+    """So many sets of weights that together they do not fit the GPU's cache."""
+    import torch
+
+    sets = 1 if dry else max(2, 300_000_000 // (layer.height * layer.width * 4))
+    names = ["up"] if layer.kind == "mlp" else ["gate", "up"]
+
+    def made() -> dict[str, Any]:
+        made = {name: torch.randn(layer.height, layer.width, device=device, dtype=dtype) / layer.width**0.5 for name in names}
+        made["down"] = torch.randn(layer.width, layer.height, device=device, dtype=dtype) / layer.height**0.5
+        if layer.kind == "mlp":
+            made["bias"] = torch.randn(layer.height, device=device, dtype=dtype)
+            made["last"] = torch.randn(layer.width, device=device, dtype=dtype)
+        return made
+
+    return [made() for _ in range(sets)]
+
+
+def once(turn: Turn, out: Path, dry: bool) -> None:
+    """Each layer as dense, tied with two reads, and tied with one."""
+    import torch
+    from torch.nn.functional import gelu, linear, silu
+
+    from pe_fx.lowering import single_read_gpu
+
+    if not dry:
+        single_read_gpu.pays = lambda rows, width, height, weights, dtype: rows * width <= 16384  # measured where it is not used, too
+    torch._dynamo.config.recompile_limit = 1000
+    device = "cpu" if dry else "cuda"
+    dtype = torch.float32 if dry else torch.bfloat16
+
+    def dense_mlp(x: Any, up: Any, bias: Any, down: Any, last: Any) -> Any:
+        return linear(gelu(linear(x, up, bias)), down, last)
+
+    def tied_mlp(x: Any, up: Any, bias: Any, down: Any, last: Any) -> Any:
+        return linear(gelu(linear(x, up, bias)), up.t(), last)
+
+    def dense_gated(x: Any, gate: Any, up: Any, down: Any) -> Any:
+        return linear(silu(linear(x, gate)) * linear(x, up), down)
+
+    def tied_gated(x: Any, gate: Any, up: Any, down: Any) -> Any:
+        return linear(silu(linear(x, gate)) * linear(x, up), up.t())
+
+    functions = {"mlp": (dense_mlp, tied_mlp), "gated": (dense_gated, tied_gated)}
+    measured = []
+    for layer in TINY if dry else LAYERS:
+        dense, tied = functions[layer.kind]
+        sets = weights_of(layer, device, dtype, dry)
+        for rows in layer.rows:
+            if turn.time_left < 15:
+                break
+            x = torch.randn(rows, layer.width, device=device, dtype=dtype)
+            ways = [("dense, inductor", dense, {"backend": "inductor"}), ("tied, inductor", tied, {"backend": "inductor"})]
+            ways.append(("tied, single read", tied, {"backend": "pe_fx"}))
+            if rows in layer.autotuned:
+                ways.append(("dense, max-autotune", dense, {"mode": "max-autotune-no-cudagraphs"}))
+            titles, calls, errors = [], [], []
+            with torch.no_grad():
+                for title, function, how in ways:
+                    torch.compiler.reset()
+                    compiled: Any = torch.compile(function, dynamic=False, **how)
+                    exact = function(x.double(), **{name: value.double() for name, value in sets[0].items()})
+                    errors.append(((compiled(x, **sets[0]).double() - exact).norm() / exact.norm()).item())
+                    calls.append(graphed(lambda compiled=compiled, x=x, sets=sets: [compiled(x, **each) for each in sets], dry))
+                    titles.append(title)
+            measured.append((layer, rows, titles, calls, errors, len(sets)))
+    turn.wait()
+    for layer, rows, titles, calls, errors, count in measured:
+        times = microseconds(calls, dry)
+        for title, each, error in zip(titles, times, errors, strict=True):
+            ratio = statistics.median(a / b for a, b in zip(times[0], each, strict=True))
+            row = {"kind": layer.kind, "width": layer.width, "height": layer.height, "rows": rows, "dtype": str(dtype), "way": title}
+            row |= {"us": f"{statistics.median(each) / count:.2f}", "faster_than_dense": f"{ratio:.3f}", "error": f"{error:.1e}"}
+            append(out / "once.csv", row | made_by())
+
+
+def tunings(layer: Layer, rows: int) -> Iterator[Any]:
+    from pe_fx.lowering.single_read_gpu import Tuning, power_of_two
+
+    size = power_of_two(layer.width) * (1 if layer.kind == "mlp" else 2)
+    for elements, warps, stages, programs in itertools.product((4096, 8192, 16384, 32768), (4, 8, 16), (2, 3, 4), (1, 2, 4)):
+        if elements >= size and 16 <= elements // (warps * 32) <= 64 and programs * warps in (8, 16, 32):
+            if programs * stages * elements * 2 <= 200_000 and rows * size // (warps * 32) <= 128:
+                yield Tuning(elements // size, warps, stages, programs)
+
+
+def tune(part: int, turn: Turn, out: Path, dry: bool) -> None:
+    """The kernel alone, with every tuning there is time for."""
+    import torch
+
+    from pe_fx.lowering.single_read_gpu import Tuning, launch
+
+    device = "cpu" if dry else "cuda"
+    dtype = torch.float32 if dry else torch.bfloat16
+    processors = 2 if dry else torch.cuda.get_device_properties(0).multi_processor_count
+    layers = TINY if dry else LAYERS
+    todo = [(layer, rows) for layer in layers for rows in layer.rows if rows * layer.width <= 16384]
+    todo.sort(key=lambda pair: (pair[1] > 1, pair[1], layers.index(pair[0])))
+    measured = []
+    for layer, rows in todo[part::2]:
+        sets = weights_of(layer, device, dtype, dry)
+        x = torch.randn(rows, layer.width, device=device, dtype=dtype)
+        unit = MLP if layer.kind == "mlp" else GATED
+        found = []
+        for tuning in [Tuning(2, 4, 2, 2)] if dry else tunings(layer, rows):
+            if turn.time_left < 5:
+                break
+
+            def call(tuning: Any = tuning, sets: Any = sets, x: Any = x, unit: str = unit, kind: str = layer.kind) -> None:
+                for each in sets:
+                    weights = [each["up"]] if kind == "mlp" else [each["gate"], each["up"]]
+                    launch(x, weights, [each.get("bias"), None][: len(weights)], 0, unit, processors * tuning.programs, tuning)
+
+            try:
+                found.append((tuning, graphed(call, dry)))
+            except Exception as error:  # too many registers, or too much shared memory
+                print(f"{layer} {rows} {tuning}: {str(error)[:100]}", flush=True)
+        measured.append((layer, rows, found, len(sets)))
+    turn.wait()
+    for layer, rows, found, count in measured:
+        for (tuning, _), each in zip(found, microseconds([call for _, call in found], dry, 9), strict=True):
+            row = {"kind": layer.kind, "width": layer.width, "height": layer.height, "rows": rows, **tuning._asdict()}
+            append(out / "tune.csv", row | {"us": f"{statistics.median(each) / count:.2f}"} | made_by())
+
+
+# ------------------------------------------------------------------------------------------------------------------- the parent
+
+
+@dataclass
+class Child:
+    """A process with a name and a log."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self, log: Path) -> None:
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                self.command, cwd=ROOT, env=os.environ | self.environment, stdout=file, stderr=file, start_new_session=True
+            )
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def send(self, number: int) -> None:
+        if self.process is not None and self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+
+def say(start: float, text: str) -> None:
+    print(f"[{time.time() - start:5.0f} s] {text}", flush=True)
+
+
+def children_of(options: argparse.Namespace, work: Path, ready_by: float, learn_seconds: float) -> dict[str, list[Child]]:
+    me = [sys.executable, str(Path(__file__).resolve()), "--out", str(options.out), "--work", str(work), "--ready-by", str(ready_by)]
+    me += ["--dry-run"] if options.dry_run else []
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
+    few = {"PYTHONPATH": paths, "TORCHINDUCTOR_COMPILE_THREADS": "3", "OMP_NUM_THREADS": "1"}
+    interpreted = few | ({"TRITON_INTERPRET": "1"} if options.dry_run else {})
+    junit = str(options.out / "tests.xml")
+    files = ["backend", "lowering", "gpu"]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:logging", "--tb=short", f"--junitxml={junit}"]
+    tests += [f"tests/test_{name}.py" for name in files]
+    tests += ["-n", "0", "-k", "test_gpu and (activation or single_read and none-1)"] if options.dry_run else ["-n", "8", "--dist", "load"]
+    learn = [sys.executable, "examples/at_scale.py", "--out", str(options.out / "learning.csv"), "--seconds", f"{learn_seconds:.0f}"]
+    learn += ["--seed", str(options.seed), "--rates", *map(str, options.rates)]
+    if options.dry_run:
+        learn += ["--width", "32", "--depth", "2", "--batch", "2", "--steps", "10", "--text", "2000000", "--rates", "0", "--device", "cpu"]
+    done = {f"{row['model']}@{row['batch']}" for row in rows_of(options.out / "bench.csv")}
+    cases = [f"{name}@{batch}" for name, batch in ([("dry", 1)] if options.dry_run else BENCH)]
+    cases = [case for case in cases if case not in done and (not options.cases or case in options.cases)]
+    parts = range(1 if options.dry_run else 2)
+    return {
+        "tests": [Child("tests", tests, few | ({} if options.dry_run else {"PE_FX_DEVICE": "cuda"}))],
+        "bench": [Child(f"bench {case}", [*me, "--child", f"bench {case}"], few) for case in cases],
+        "once": [Child("once", [*me, "--child", "once"], few)],
+        "tune": [Child(f"tune {part}", [*me, "--child", f"tune {part}"], interpreted) for part in parts],
+        "learn": [Child("learn", learn, few)],
+    }
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def outcomes(out: Path) -> None:
+    """The tests' results as a CSV."""
+    report = out / "tests.xml"
+    if report.exists():
+        for case in ElementTree.parse(report).iter("testcase"):
+            bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+            message = "" if bad is None else (bad.get("message") or "")[:300].replace("\n", " ")
+            row = {"test": f"{case.get('classname')}::{case.get('name')}", "outcome": "passed" if bad is None else bad.tag}
+            append(out / "tests.csv", row | {"message": message} | made_by())
+        report.unlink()
+
+
+def check(options: argparse.Namespace, start: float) -> list[str]:
+    """What is there, and the steps that can be taken."""
+    import torch
+
+    if not options.dry_run and not torch.cuda.is_available():
+        sys.exit("there is no GPU here: --dry-run tries every step on the CPU")
+    import pe_fx
+
+    say(start, f"pe_fx from {Path(pe_fx.__file__).parent}; {made_by()}")
+    if "pe_fx" not in torch._dynamo.list_backends(exclude_tags=()):
+        sys.exit("the backend pe_fx is not registered: pip install --no-deps --no-build-isolation -e .")
+    steps = []
+    for step in options.steps:
+        lacking = [name for name in NEEDED.get(step, ()) if importlib.util.find_spec(name) is None]
+        if lacking:
+            say(start, f"without {', '.join(lacking)}, {step} is left out")
+        else:
+            steps.append(step)
+    if not options.dry_run:
+        big = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+        other = torch.empty_like(big)
+        square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        (copy,), (product,) = (microseconds([call], False, 5) for call in (lambda: other.copy_(big), lambda: square @ square))
+        say(start, f"a copy moves {2 * 2**31 / statistics.median(copy) / 1e6:.2f} TB/s, a product makes {2 * 8192**3 / statistics.median(product) / 1e6:.0f} TFLOP/s")
+    return steps
+
+
+def run(options: argparse.Namespace) -> None:
+    start = time.time()
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.out = options.out.resolve()
+    steps = check(options, start)
+    end = start + options.seconds
+    ready_by = start + options.compile_seconds
+    learn_seconds = options.learn_seconds or max(20.0, options.seconds - 230)
+    work = options.out / "work"
+    work.mkdir(exist_ok=True)
+    for stale in work.glob("*"):
+        stale.unlink()
+    children = children_of(options, work, ready_by, learn_seconds)
+    timed = [child for step in ("bench", "once", "tune") if step in steps for child in children[step]]
+    learning, testing = ([child for child in children[step] if step in steps] for step in ("learn", "tests"))
+    log = options.out / "log.txt"
+    for child in [*timed, *learning]:
+        child.start(log)
+    try:
+        ready: set[str] = set()
+        while time.time() < min(ready_by + 20, end) and any(child.running and child.name not in ready for child in timed):
+            for child in timed:
+                if child.name not in ready and (work / f"{child.name}.ready").exists():
+                    ready.add(child.name)
+                    say(start, f"{child.name} is compiled")
+            time.sleep(0.2)
+        for child in learning:
+            child.send(signal.SIGSTOP)
+        for child in timed:
+            if child.running and child.name not in ready:
+                say(start, f"{child.name} was not compiled in time")
+                child.send(signal.SIGKILL)
+        time.sleep(1)
+        for child in timed:
+            if child.running:
+                (work / f"{child.name}.go").touch()
+                assert child.process is not None
+                try:
+                    code = child.process.wait(min(60, max(1, end - time.time())))
+                    say(start, f"{child.name} is measured" if not code else f"{child.name} failed, see log.txt")
+                except subprocess.TimeoutExpired:
+                    say(start, f"{child.name} took too long")
+                    child.send(signal.SIGKILL)
+        for child in learning:
+            child.send(signal.SIGCONT)
+        for child in testing:
+            child.start(log)
+        while any(child.running for child in [*learning, *testing]) and time.time() < end:
+            time.sleep(0.2)
+        for child in [*learning, *testing]:
+            say(start, f"{child.name}: " + ("cut off" if child.running else f"ended with {child.process.returncode if child.process else None}"))
+    finally:
+        for child in [*timed, *learning, *testing]:
+            child.send(signal.SIGKILL)
+        outcomes(options.out)
+        for stale in work.glob("*"):
+            stale.unlink()
+        work.rmdir()
+    for path in sorted(options.out.glob("*.csv")):
+        say(start, f"{path.name}: {len(rows_of(path))} rows")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu_results"), metavar="FOLDER")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--cases", nargs="+", metavar="MODEL@BATCH", help="of bench (default: all)")
+    parser.add_argument("--seconds", type=float, default=530, help="for everything (default: 530)")
+    parser.add_argument("--compile-seconds", type=float, default=170, help="until the measurements begin (default: 170)")
+    parser.add_argument("--learn-seconds", type=float, help="of training (default: what is left)")
+    parser.add_argument("--seed", type=int, default=0, help="of learn")
+    parser.add_argument("--rates", type=int, nargs="+", default=[-1, 0, 1], help="of learn: steps beside the small study's rates")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--ready-by", type=float, default=0.0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is None:
+        run(options)
+        return
+    step, _, case = options.child.partition(" ")
+    turn = Turn(options.work, options.child, options.ready_by)
+    if step == "bench":
+        bench(case, turn, options.out, options.dry_run)
+    elif step == "once":
+        once(turn, options.out, options.dry_run)
+    else:
+        tune(int(case), turn, options.out, options.dry_run)
+
+
+if __name__ == "__main__":
+    main()
