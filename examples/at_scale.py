@@ -233,8 +233,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help=f"rows of {CONTEXT} bytes (default: 32)")
     parser.add_argument("--steps", type=int, help="(default: --seconds)")
     parser.add_argument("--seconds", type=float, default=240, help="of training, where --steps is not given (default: 240)")
-    parser.add_argument("--rates", type=int, nargs="+", default=[-1, 0, 1], help="steps beside the small study's rate (default: -1 0 1)")
-    parser.add_argument("--kinds", nargs="+", choices=[kind.name for kind in KINDS], default=[kind.name for kind in KINDS])
+    every = [f"{kind.name}:{place}" for kind in KINDS for place in (-1, 0, 1)]
+    parser.add_argument("--nets", nargs="+", default=every, metavar="NAME:STEP", help="each with steps beside the small study's learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=int, default=300_000_000, help="about so many bytes of text (default: 300 MB)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -243,13 +243,12 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 100
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     text = Text(torch.device(options.device), options.text, options.batch, options.seed)
+    kinds = {kind.name: kind for kind in KINDS}
     nets = []
-    for kind in KINDS:
-        if kind.name in options.kinds:
-            for place in options.rates:
-                torch.manual_seed(options.seed)
-                lr = kind.lr * SMALL_WIDTH / options.width * STEP**place
-                nets.append(Net(kind, lr, build(kind, options.width, options.depth), torch.device(options.device)))
+    for name, _, place in (net.rpartition(":") for net in options.nets):
+        torch.manual_seed(options.seed)
+        lr = kinds[name].lr * SMALL_WIDTH / options.width * STEP ** int(place)
+        nets.append(Net(kinds[name], lr, build(kinds[name], options.width, options.depth), torch.device(options.device)))
     train(nets, text, options)
 
 

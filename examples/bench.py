@@ -116,11 +116,12 @@ class Variant:
     backend: str
     inputs: Tensor
     autocast: bool
-    options: dict[str, Any] = field(default_factory=dict)
+    mode: str | None = None
+    fused: bool = False
 
     def __post_init__(self) -> None:
-        self.compiled = torch.compile(self.model, backend=self.backend, options=self.options or None)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.compiled = torch.compile(self.model, backend=self.backend, mode=self.mode)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=self.fused)
         self.spans: list[list[float]] = []
         self.device = self.inputs.device.type
 

@@ -35,7 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("tests", "bench", "once", "tune", "learn")
 NEEDED = {"tests": ("pytest", "xdist", "timm", "hypothesis"), "bench": ("timm", "transformers"), "learn": ("sklearn", "timm")}
 
-BENCH = [("deit_small", 128), ("resnet50_expand", 128), ("gpt2", 8), ("resnet50_keep", 128), ("deit_small", 8), ("resnet50_slice", 128), ("gpt2", 1)]
+MODELS = ("deit_small@128", "resnet50_expand@128", "gpt2@8", "resnet50_keep@128", "deit_small@8", "resnet50_slice@128", "gpt2@1")
+TUNERS = 3
+GRAPHS = "+graphs"
+"""Behind a case: each variant's forward and backward as CUDA graphs (mode "reduce-overhead"), and a fused AdamW."""
 GPT2_TOKENS = 1024
 
 MLP = "t0=mul(a,0.5);t1=mul(a,0.7071067811865476);t2=erf(t1);t3=add(t2,1.0);t4=mul(t0,t3)"
@@ -110,7 +113,9 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
 
     import pe_fx
 
-    name, batch = case.split("@")
+    case, _, most = case.partition(":")
+    graphs = case.endswith(GRAPHS)
+    name, batch = case.removesuffix(GRAPHS).split("@")
     if dry:
         import timm
 
@@ -134,13 +139,14 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
     recipes.append(("signed, pe_fx", "pe_fx", lambda: pe_fx.transform(dense, inputs[:1], mix="signed", **options)))
     variants = []
     longest = 0.0
-    for title, backend, build_variant in recipes:
+    how: dict[str, Any] = {"mode": "reduce-overhead", "fused": True} if graphs else {}
+    for title, backend, build_variant in recipes[: int(most or 5)]:
         if variants and turn.time_left < longest:
             print(f"{case}: no time left to compile {title}", flush=True)
             break
         start = time.time()
-        variant = Variant(title, build_variant().to(device), backend, inputs, autocast=True)
-        variant.steps(2)
+        variant = Variant(title, build_variant().to(device), backend, inputs, autocast=True, **how)
+        variant.steps(4 if graphs else 2)
         variant.spans.clear()
         longest = max(longest, time.time() - start)
         print(f"{case}: {title} compiled in {time.time() - start:.0f} s", flush=True)
@@ -157,21 +163,24 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
     first = variants[0]
     for variant in variants:
         ratios = [sum(a) / sum(b) for a, b in zip(variant.spans, first.spans, strict=True)]
-        row: dict[str, Any] = {"model": name, "batch": batch, "dtype": "bf16", "variant": variant.name}
+        row: dict[str, Any] = {"model": name, "batch": batch, "dtype": "bf16", "mode": "CUDA graphs" if graphs else "default"}
+        row["variant"] = variant.name
         row |= {"step": f"{statistics.median(ratios):.3f}", "rounds": len(variant.spans), "ms": f"{variant.median() * 1000:.3f}"}
         row |= {part: f"{variant.median(part) / first.median(part):.3f}" for part in PARTS}
         sizes = variant.bytes()
         row |= {f"{key}_mb": f"{value / 1e6:.1f}" for key, value in sizes.items()} | {"peak_mb": "", "kernels": ""}
         if not dry:
             extra, table = variant.on_gpu()
-            row |= {"peak_mb": f"{(extra['step_peak'] + sizes['weights'] + sizes['state']) / 1e6:.0f}", "kernels": f"{extra['kernels']:.0f}"}
+            row["kernels"] = f"{extra['kernels']:.0f}"
+            if not graphs:  # they keep their memory
+                row["peak_mb"] = f"{(extra['step_peak'] + sizes['weights'] + sizes['state']) / 1e6:.0f}"
             with (out / "profile.txt").open("a", encoding="utf-8") as file:
-                file.write(f"\n## {name}, batch {batch}, {variant.name}\n{table}\n")
+                file.write(f"\n## {name}, batch {batch}, {row['mode']}, {variant.name}\n{table}\n")
         append(out / "bench.csv", row | made_by())
 
 
 def graphed(call: Callable[[], Any], dry: bool) -> Callable[[], Any]:
-    """The call as a CUDA graph."""
+    """The call as a CUDA graph, which keeps alive what the call reads."""
     import torch
 
     call()
@@ -185,7 +194,7 @@ def graphed(call: Callable[[], Any], dry: bool) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+    return lambda held=call: graph.replay()  # type: ignore[misc]
 
 
 def microseconds(calls: Sequence[Callable[[], Any]], dry: bool, rounds: int = 25) -> list[list[float]]:
@@ -256,9 +265,10 @@ def once(turn: Turn, out: Path, dry: bool) -> None:
 
     functions = {"mlp": (dense_mlp, tied_mlp), "gated": (dense_gated, tied_gated)}
     measured = []
+    sets_of = {}
     for layer in TINY if dry else LAYERS:
         dense, tied = functions[layer.kind]
-        sets = weights_of(layer, device, dtype, dry)
+        sets = sets_of[layer] = weights_of(layer, device, dtype, dry)
         for rows in layer.rows:
             if turn.time_left < 15:
                 break
@@ -278,7 +288,12 @@ def once(turn: Turn, out: Path, dry: bool) -> None:
                     titles.append(title)
             measured.append((layer, rows, titles, calls, errors, len(sets)))
     turn.wait()
+    best = best_tunings(out)
     for layer, rows, titles, calls, errors, count in measured:
+        if (tuning := best.get((layer, rows))) is not None:
+            titles.append("kernel, best tuning")
+            errors.append(float("nan"))
+            calls.append(graphed(kernel_calls(layer, sets_of[layer], torch.randn(rows, layer.width, device=device, dtype=dtype), tuning), dry))
         times = microseconds(calls, dry)
         for title, each, error in zip(titles, times, errors, strict=True):
             ratio = statistics.median(a / b for a, b in zip(times[0], each, strict=True))
@@ -287,13 +302,44 @@ def once(turn: Turn, out: Path, dry: bool) -> None:
             append(out / "once.csv", row | made_by())
 
 
+def kernel_calls(layer: Layer, sets: Sequence[Mapping[str, Any]], x: Any, tuning: Any) -> Callable[[], None]:
+    """The kernel alone, on each set of weights in turn; what its programs found is not added up."""
+    import torch
+
+    from pe_fx.lowering.single_read_gpu import launch
+
+    processors = torch.cuda.get_device_properties(0).multi_processor_count if x.is_cuda else 2
+    unit = MLP if layer.kind == "mlp" else GATED
+
+    def call() -> None:
+        for each in sets:
+            weights = [each["up"]] if layer.kind == "mlp" else [each["gate"], each["up"]]
+            launch(x, weights, [each.get("bias"), None][: len(weights)], 0, unit, processors * tuning.programs, tuning)
+
+    return call
+
+
+def best_tunings(out: Path) -> dict[tuple[Layer, int], Any]:
+    """Of what `tune` has measured."""
+    from pe_fx.lowering.single_read_gpu import Tuning
+
+    best: dict[tuple[Layer, int], tuple[float, Any]] = {}
+    for row in rows_of(out / "tune.csv"):
+        for layer in (*LAYERS, *TINY):
+            if (layer.kind, str(layer.width), str(layer.height)) == (row["kind"], row["width"], row["height"]):
+                found = float(row["us"]), Tuning(*(int(row[name]) for name in Tuning._fields))
+                key = layer, int(row["rows"])
+                best[key] = min(best.get(key, found), found)
+    return {key: tuning for key, (_, tuning) in best.items()}
+
+
 def tunings(layer: Layer, rows: int) -> Iterator[Any]:
     from pe_fx.lowering.single_read_gpu import Tuning, power_of_two
 
     size = power_of_two(layer.width) * (1 if layer.kind == "mlp" else 2)
     for elements, warps, stages, programs in itertools.product((4096, 8192, 16384, 32768), (4, 8, 16), (2, 3, 4), (1, 2, 4)):
         if elements >= size and 16 <= elements // (warps * 32) <= 64 and programs * warps in (8, 16, 32):
-            if programs * stages * elements * 2 <= 200_000 and rows * size // (warps * 32) <= 128:
+            if programs * stages * elements * 2 <= 200_000 and rows * size // (warps * 32) <= 64:
                 yield Tuning(elements // size, warps, stages, programs)
 
 
@@ -301,31 +347,23 @@ def tune(part: int, turn: Turn, out: Path, dry: bool) -> None:
     """The kernel alone, with every tuning there is time for."""
     import torch
 
-    from pe_fx.lowering.single_read_gpu import Tuning, launch
+    from pe_fx.lowering.single_read_gpu import Tuning
 
     device = "cpu" if dry else "cuda"
     dtype = torch.float32 if dry else torch.bfloat16
-    processors = 2 if dry else torch.cuda.get_device_properties(0).multi_processor_count
     layers = TINY if dry else LAYERS
     todo = [(layer, rows) for layer in layers for rows in layer.rows if rows * layer.width <= 16384]
     todo.sort(key=lambda pair: (pair[1] > 1, pair[1], layers.index(pair[0])))
     measured = []
-    for layer, rows in todo[part::2]:
+    for layer, rows in todo[part :: 1 if dry else TUNERS]:
         sets = weights_of(layer, device, dtype, dry)
         x = torch.randn(rows, layer.width, device=device, dtype=dtype)
-        unit = MLP if layer.kind == "mlp" else GATED
         found = []
-        for tuning in [Tuning(2, 4, 2, 2)] if dry else tunings(layer, rows):
+        for tuning in [Tuning(2, 4, 2, 2)] if dry else list(tunings(layer, rows))[:: 1 if rows == 1 and layer.width == 4096 else 4]:
             if turn.time_left < 5:
                 break
-
-            def call(tuning: Any = tuning, sets: Any = sets, x: Any = x, unit: str = unit, kind: str = layer.kind) -> None:
-                for each in sets:
-                    weights = [each["up"]] if kind == "mlp" else [each["gate"], each["up"]]
-                    launch(x, weights, [each.get("bias"), None][: len(weights)], 0, unit, processors * tuning.programs, tuning)
-
             try:
-                found.append((tuning, graphed(call, dry)))
+                found.append((tuning, graphed(kernel_calls(layer, sets, x, tuning), dry)))
             except Exception as error:  # too many registers, or too much shared memory
                 print(f"{layer} {rows} {tuning}: {str(error)[:100]}", flush=True)
         measured.append((layer, rows, found, len(sets)))
@@ -376,21 +414,23 @@ def children_of(options: argparse.Namespace, work: Path, ready_by: float, learn_
     interpreted = few | ({"TRITON_INTERPRET": "1"} if options.dry_run else {})
     junit = str(options.out / "tests.xml")
     files = ["backend", "lowering", "gpu"]
-    tests = [sys.executable, "-m", "pytest", "-p", "no:logging", "--tb=short", f"--junitxml={junit}"]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--show-capture=no", "--tb=short", f"--junitxml={junit}"]
     tests += [f"tests/test_{name}.py" for name in files]
     tests += ["-n", "0", "-k", "test_gpu and (activation or single_read and none-1)"] if options.dry_run else ["-n", "8", "--dist", "load"]
+    tests += ["-k", options.tests] if options.tests else []
     learn = [sys.executable, "examples/at_scale.py", "--out", str(options.out / "learning.csv"), "--seconds", f"{learn_seconds:.0f}"]
-    learn += ["--seed", str(options.seed), "--rates", *map(str, options.rates)]
+    learn += ["--seed", str(options.seed), *(["--nets", *options.nets] if options.nets else [])]
     if options.dry_run:
-        learn += ["--width", "32", "--depth", "2", "--batch", "2", "--steps", "10", "--text", "2000000", "--rates", "0", "--device", "cpu"]
-    done = {f"{row['model']}@{row['batch']}" for row in rows_of(options.out / "bench.csv")}
-    cases = [f"{name}@{batch}" for name, batch in ([("dry", 1)] if options.dry_run else BENCH)]
-    cases = [case for case in cases if case not in done and (not options.cases or case in options.cases)]
-    parts = range(1 if options.dry_run else 2)
+        learn += ["--width", "32", "--depth", "2", "--batch", "2", "--steps", "10", "--text", "2000000", "--device", "cpu"]
+    graphs = {"default": "", "CUDA graphs": GRAPHS}
+    done = {f"{row['model']}@{row['batch']}{graphs[row['mode']]}" for row in rows_of(options.out / "bench.csv")}
+    every = ["dry@1"] if options.dry_run else [*MODELS, *(case + GRAPHS for case in MODELS)]
+    cases = [case for case in options.cases or every if case.partition(":")[0] not in done]
+    parts = range(1 if options.dry_run else TUNERS)
     return {
         "tests": [Child("tests", tests, few | ({} if options.dry_run else {"PE_FX_DEVICE": "cuda"}))],
         "bench": [Child(f"bench {case}", [*me, "--child", f"bench {case}"], few) for case in cases],
-        "once": [Child("once", [*me, "--child", "once"], few)],
+        "once": [Child("once", [*me, "--child", "once"], interpreted)],
         "tune": [Child(f"tune {part}", [*me, "--child", f"tune {part}"], interpreted) for part in parts],
         "learn": [Child("learn", learn, few)],
     }
@@ -460,6 +500,7 @@ def run(options: argparse.Namespace) -> None:
     log = options.out / "log.txt"
     for child in [*timed, *learning]:
         child.start(log)
+    timed.sort(key=lambda child: not child.name.startswith("tune"))  # whose results the next one uses
     try:
         ready: set[str] = set()
         while time.time() < min(ready_by + 20, end) and any(child.running and child.name not in ready for child in timed):
@@ -508,12 +549,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), metavar="FOLDER")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--cases", nargs="+", metavar="MODEL@BATCH", help="of bench (default: all)")
+    parser.add_argument("--cases", nargs="+", metavar="MODEL@BATCH[+graphs][:VARIANTS]", help="of bench (default: all)")
     parser.add_argument("--seconds", type=float, default=530, help="for everything (default: 530)")
     parser.add_argument("--compile-seconds", type=float, default=170, help="until the measurements begin (default: 170)")
     parser.add_argument("--learn-seconds", type=float, help="of training (default: what is left)")
     parser.add_argument("--seed", type=int, default=0, help="of learn")
-    parser.add_argument("--rates", type=int, nargs="+", default=[-1, 0, 1], help="of learn: steps beside the small study's rates")
+    parser.add_argument("--nets", nargs="+", help="of learn, as at_scale.py takes them")
+    parser.add_argument("--tests", help="pytest's -k, of the tests (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)

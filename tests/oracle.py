@@ -258,8 +258,9 @@ def _run(model: nn.Module, inputs: Inputs) -> _Result:
     passed = {key: leaves[key].clone() if key in leaves else value for key, value in named.items()}
     torch.manual_seed(0)
     outputs = _tensors(model(**passed) if isinstance(inputs, dict) else model(*passed.values()))
-    generator = torch.Generator().manual_seed(1)
-    projected = [(output * torch.randn(output.shape, generator=generator)).sum() for output in outputs if output.requires_grad]
+    generator = torch.Generator("cpu").manual_seed(1)
+    drawn = [torch.randn(output.shape, generator=generator, device="cpu").to(output.device) for output in outputs if output.requires_grad]
+    projected = [(output * some).sum() for output, some in zip((each for each in outputs if each.requires_grad), drawn, strict=True)]
     if projected:
         torch.stack(projected).sum().backward()
     result = _Result()
