@@ -195,7 +195,7 @@ def _rewrite(graph: fx.Graph, second: Product, firsts: list[Product], back: Back
         raise NoUnit(f"with {rows} rows of {dtype} on {device.type}, two products take no longer")
     unit, _ = unit_between({first.node: name for first, name in zip(firsts, "abcdefgh", strict=False)}, second.x, shape[0])
     negated = 0 if back.mix is None else shape[0] // 2
-    splits = kernel.splits_of(device, width, rows, len(weights))
+    splits = kernel.splits_of(device, rows, width, len(weights), dtype)
     with graph.inserting_before(second.node):
 
         def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:

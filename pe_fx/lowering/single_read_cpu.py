@@ -17,5 +17,5 @@ def pays(rows: int, width: int, height: int, weights: int, dtype: torch.dtype) -
     return 0 < rows <= 4
 
 
-def splits_of(device: torch.device, width: int, rows: int, weights: int) -> int:
+def splits_of(device: torch.device, rows: int, width: int, weights: int, dtype: torch.dtype) -> int:
     return 1
