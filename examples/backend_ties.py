@@ -22,9 +22,9 @@ from torch import fx
 from tqdm import tqdm
 
 import pe_fx
-import pe_fx.backend
-from pe_fx.capture import as_arguments
-from pe_fx.ledger import pending
+import pe_fx.compiled.backend
+from pe_fx.compiled.ledger import pending
+from pe_fx.graph.capture import as_arguments
 
 
 def unlowered(gm: fx.GraphModule, *_: Any) -> Callable[..., Any]:
@@ -72,7 +72,7 @@ def main() -> None:
         name = chance.choice(families[family])
         signal.alarm(options.timeout)
         try:
-            with mock.patch.object(pe_fx.backend, "lower", unlowered):
+            with mock.patch.object(pe_fx.compiled.backend, "lower", unlowered):
                 difference = compared(LIBRARIES[options.set][1](name))
         except Exception as error:
             difference = zoo.one_line(error)

@@ -1,0 +1,29 @@
+"""What the backend adds to Inductor: passes on the joint graph of forward and backward, in ATen operations."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import fx
+
+from pe_fx.compiled.lowering.casts import share_casts
+from pe_fx.compiled.lowering.copies import share_copies
+from pe_fx.compiled.lowering.sums import sum_in_turn
+from pe_fx.graph.operation import place_of
+
+log = logging.getLogger(__name__)
+
+UUID = "pe_fx lowering 2"
+"""Changes with every pass: Inductor's caches tell compiled graphs apart by it."""
+
+PASSES = (share_casts, share_copies, sum_in_turn)
+
+
+def run_passes(graph: fx.Graph) -> None:
+    """Every pass in turn. What a pass changes is whole at each step, so one that fails is logged, and the graph is right as it is."""
+    for lowering_pass in PASSES:
+        try:
+            lowering_pass(graph)
+        except Exception as error:
+            log.exception("%s failed at %s and is left out", lowering_pass.__name__, place_of(error))
+    graph.eliminate_dead_code()
