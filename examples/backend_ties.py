@@ -24,7 +24,7 @@ from tqdm import tqdm
 import pe_fx
 import pe_fx.compiled.backend
 from pe_fx.compiled.ledger import pending
-from pe_fx.graph.capture import as_arguments
+from pe_fx.graph.inputs import as_arguments
 
 
 def unlowered(gm: fx.GraphModule, *_: Any) -> Callable[..., Any]:

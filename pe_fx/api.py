@@ -14,8 +14,10 @@ from typing import Any
 from torch import fx, nn
 
 from pe_fx.errors import NoSitesWarning, PeFxError, check_one_of
-from pe_fx.graph.capture import Captured, ExampleInputs, capture, value_of
+from pe_fx.graph.capture import Captured, capture
 from pe_fx.graph.flow import Flow
+from pe_fx.graph.inputs import ExampleInputs
+from pe_fx.graph.ops import value_of
 from pe_fx.graph.tags import tracing
 from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.stage import ENTRIES, share_stages

@@ -26,7 +26,7 @@ from torch import nn
 
 from pe_fx.cli.forms import FORMS
 from pe_fx.errors import PeFxError
-from pe_fx.graph.capture import ExampleInputs
+from pe_fx.graph.inputs import ExampleInputs
 
 
 @dataclass(frozen=True)

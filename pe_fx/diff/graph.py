@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from pe_fx.api import canonical
-from pe_fx.graph.capture import Captured, ExampleInputs, capture, module_of, value_of
+from pe_fx.graph.capture import Captured, capture, module_of
 from pe_fx.graph.flow import live_operands
+from pe_fx.graph.inputs import ExampleInputs
 from pe_fx.graph.operation import shape_of
-from pe_fx.graph.ops import KINDS, Kind, base_name
+from pe_fx.graph.ops import KINDS, Kind, base_name, value_of
 from pe_fx.tied.owners import owners_in
 from pe_fx.tied.weight import Tied, stored
 from pe_fx.ties import Shape

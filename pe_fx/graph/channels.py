@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pe_fx.graph.capture import value_of
 from pe_fx.graph.operation import Op, factors, product_labels, shape_of
-from pe_fx.graph.ops import Kind
+from pe_fx.graph.ops import Kind, value_of
 from pe_fx.graph.tags import expand_along, lazy, lies_along, nothing_in, remembered, shrunk, varying_axes
 from pe_fx.graph.views import moved
 from pe_fx.ties import Shape

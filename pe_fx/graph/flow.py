@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from pe_fx.graph.capture import Captured, memory_chain, value_of, written_whole
+from pe_fx.graph.capture import Captured
 from pe_fx.graph.channels import Channels, transfer
 from pe_fx.graph.operation import Op, is_floating, is_tensor, shape_of
-from pe_fx.graph.ops import GATHERS, KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place
+from pe_fx.graph.ops import GATHERS, KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place, value_of
+from pe_fx.graph.plain import memory_chain, written_whole
 from pe_fx.graph.tags import numbered
 from pe_fx.graph.weights import Static, attach_weight
 

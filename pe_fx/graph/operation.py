@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pe_fx.graph.capture import value_of
-from pe_fx.graph.ops import Kind
+from pe_fx.graph.ops import Kind, value_of
 from pe_fx.ties import Block, Shape, length
 
 

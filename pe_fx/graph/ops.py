@@ -1,4 +1,4 @@
-"""One table from the operations of every dialect to the few kinds that passes know.
+"""One table from the operations of every dialect to the few kinds that passes know, and what a node of a graph tells of itself.
 
 ATen overloads (`aten.add_.Tensor`), torch functions (`torch.add`, `operator.iadd`) and tensor methods (`"add_"`) share their
 base names, so the table is keyed by those.
@@ -90,6 +90,11 @@ GATHERS = ("index", "index_select")
 """Operations that take entries at positions that a tensor holds."""
 
 KINDS: dict[str, Kind] = {name: kind for kind, names in _NAMES.items() for name in names.split()}
+
+
+def value_of(node: fx.Node) -> Any:
+    """What the node computes, as export or Dynamo recorded it: a fake tensor, or a tuple of them."""
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def base_name(node: fx.Node) -> str:

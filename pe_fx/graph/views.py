@@ -12,9 +12,8 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from pe_fx.graph.capture import value_of
 from pe_fx.graph.operation import Op, is_floating, number, shape_of
-from pe_fx.graph.ops import RESHAPES, writes
+from pe_fx.graph.ops import RESHAPES, value_of, writes
 from pe_fx.graph.tags import lazy, nothing_in, remembered, varying_axes
 from pe_fx.ties import Shape
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from pe_fx.graph.capture import Captured, value_of
+from pe_fx.graph.capture import Captured
 from pe_fx.graph.operation import Op, Weight, factors, is_floating, is_tensor, product_labels, shape_of
-from pe_fx.graph.ops import KINDS, RESHAPES, Kind, base_name
+from pe_fx.graph.ops import KINDS, RESHAPES, Kind, base_name, value_of
 from pe_fx.graph.tags import channels_along, channels_in, numbered, varying_axes
 from pe_fx.graph.views import moved
 from pe_fx.ties import Block, Shape

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pe_fx.errors import PeFxError
-from pe_fx.graph.capture import value_of
+from pe_fx.graph.ops import value_of
 from pe_fx.graph.views import call
 from pe_fx.tied.derived import derive
 from pe_fx.tied.entry import PadShortcut, Widen, Widened, strided_shortcut

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pe_fx.errors import PeFxError
-from pe_fx.graph.capture import ExampleInputs, as_arguments, capture, first_line, rng_restored, tensors_in
+from pe_fx.errors import PeFxError, first_line
+from pe_fx.graph.capture import capture, rng_restored
+from pe_fx.graph.inputs import ExampleInputs, as_arguments, tensors_in
 from pe_fx.tied.weight import Tied, stored, tied_weights_in, unchoose, untie_weights
 from pe_fx.ties import table
 

@@ -27,7 +27,7 @@ import pe_fx
 import pe_fx.compiled.backend
 from pe_fx import CaptureError, NoSitesWarning, PeFxError
 from pe_fx.compiled.ledger import Ledger, ledger, pending
-from pe_fx.graph.capture import as_arguments, tensors_in
+from pe_fx.graph.inputs import as_arguments, tensors_in
 from pe_fx.ties import Block, Plan, Site, Tie
 
 X = torch.randn(4, 8)

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import pe_fx
 from pe_fx import CaptureError
-from pe_fx.graph.capture import Captured, _sharing_copy, as_arguments, capture, derive_inputs, tensors_in
+from pe_fx.graph.capture import Captured, _sharing_copy, capture
+from pe_fx.graph.inputs import as_arguments, derive_inputs, tensors_in
 
 X = torch.randn(3, 5, 8)
 TIE = "fc2.weight ← fc1.weightᵀ"
