@@ -24,7 +24,8 @@ from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.passes.variants import GAIN, MIXES, vary
 from pe_fx.tied.entry import widen_params
 from pe_fx.tied.owners import Owner, forbidden, owners_in
-from pe_fx.tied.rewrite import INITS, rewrite_graph, rewrite_modules
+from pe_fx.tied.rewrite_graph import rewrite_graph
+from pe_fx.tied.rewrite_modules import INITS, rewrite_modules
 from pe_fx.tied.weight import Tied
 from pe_fx.ties import Miss, Plan, Shape, Site
 

@@ -17,7 +17,7 @@ from pe_fx.api import apply
 from pe_fx.errors import PeFxError, check_one_of, first_line
 from pe_fx.files import whole_file
 from pe_fx.tied.held import held_plan, uncompiled
-from pe_fx.tied.rewrite import INITS
+from pe_fx.tied.rewrite_modules import INITS
 from pe_fx.tied.twin import untie
 from pe_fx.tied.weight import MIX, is_sharded
 from pe_fx.ties import Plan

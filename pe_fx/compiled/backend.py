@@ -20,7 +20,7 @@ from pe_fx.compiled.lowering import UUID, run_passes
 from pe_fx.errors import CaptureError, NoSitesWarning, PeFxError
 from pe_fx.graph.capture import capture
 from pe_fx.graph.operation import place_of
-from pe_fx.tied.rewrite import rewrite_graph
+from pe_fx.tied.rewrite_graph import rewrite_graph
 from pe_fx.tied.weight import Tied, is_any_chosen
 from pe_fx.ties import Site, Tie
 
