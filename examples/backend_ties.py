@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 import pe_fx
 import pe_fx.compiled.backend
-from pe_fx.compiled.ledger import pending
 from pe_fx.graph.inputs import as_arguments
 
 
@@ -44,7 +43,7 @@ def compared(entry: zoo.Entry) -> str:
     args, kwargs = as_arguments(built.inputs)
     with torch.no_grad():
         torch.compile(model, backend="pe_fx")(*args, **kwargs)
-    tied = set(map(str, pending(model).ties))
+    tied = set(map(str, pe_fx.pending(model).ties))
     parts = [("not by the backend", planned - tied), ("by the backend alone", tied - planned)]
     return "; ".join(f"{len(ties)} {where}, such as {min(ties)}" for where, ties in parts if ties)
 

@@ -1,16 +1,17 @@
-"""What Dynamo and Inductor tell in private alone, all in one place. Tried with torch 2.11 and 2.15."""
+"""What Dynamo and Inductor tell in private alone, all in one place. Tried with torch 2.11 and 2.14."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._subclasses.fake_tensor import FakeTensor
 
 GraphPass = Callable[[fx.Graph], None]
@@ -86,7 +87,7 @@ def fake_like(gm: fx.GraphModule, tensor: Tensor) -> Tensor:
 
 
 def lower(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, config: Mapping[str, Any], joint_pass: GraphPass, uuid: str
+    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, config: Mapping[str, Any], joint_pass: GraphPass, uuid: bytes
 ) -> Callable[..., Any]:
     """AOTAutograd and Inductor, with `joint_pass` run on the joint graph of forward and backward."""
     patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
@@ -97,10 +98,15 @@ def lower(
     return compiled
 
 
+def hash_of_sources(folder: Path) -> bytes:
+    """What changes with every line of the Python files in a folder."""
+    return get_hash_for_files(tuple(sorted(map(str, folder.rglob("*.py")))))
+
+
 class _JointPass(CustomGraphPass):
     """Our pass after the user's own; Inductor's caches tell compiled code apart by `uuid`."""
 
-    def __init__(self, ours: GraphPass, uuid: str, users: Any) -> None:
+    def __init__(self, ours: GraphPass, uuid: bytes, users: Any) -> None:
         self.ours = ours
         self.version = uuid
         self.users = users

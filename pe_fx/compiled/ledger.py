@@ -112,8 +112,16 @@ ledger = Ledger()
 def pending(model: nn.Module) -> Plan:
     """The ties that hold in the model's compiled graphs, but not in the model itself: until `commit`, the two differ.
 
-    >>> pending(nn.Linear(3, 3)).sites
+    >>> import torch, pe_fx
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> y = torch.compile(model, backend="pe_fx")(torch.ones(2, 4))
+    >>> [str(tie) for tie in pe_fx.pending(model).ties]
+    ['2.weight ← 0.weightᵀ']
+    >>> plan = pe_fx.commit(model)
+    >>> pe_fx.pending(model).ties
     ()
+
+    Raises `PeFxError` where a weight is tied to one outside this model.
     """
     parameters = dict(uncompiled(model).named_parameters())
     sites, absent = ledger.sites(parameters)

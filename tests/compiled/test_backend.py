@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import pe_fx
 import pe_fx.compiled.backend
 from pe_fx import CaptureError, NoSitesWarning, PeFxError
-from pe_fx.compiled.ledger import Ledger, ledger, pending
+from pe_fx.compiled.ledger import Ledger, ledger
 from pe_fx.graph.inputs import as_arguments, tensors_in
 from pe_fx.ties import Block, Plan, Site, Tie
 
@@ -104,7 +104,7 @@ def test_trains_as_the_tied_model(name: str) -> None:
     train(torch.compile(inductor), list(inductor.parameters()), x, 20)
     train(eager, list(eager.parameters()), x, 20)
     assert_agree(eager, inductor)
-    whole = {tie.target for tie in pending(dense).ties if tie.into.is_whole}
+    whole = {tie.target for tie in pe_fx.pending(dense).ties if tie.into.is_whole}
     assert whole
     for target, parameter in dense.named_parameters():
         assert (parameter not in optimizer.state) == (target in whole), target
@@ -221,7 +221,7 @@ def test_what_transform_left_dense_stays_dense(unlowered: list[str], copied: boo
     tied = pe_fx.transform(model, X, exclude=["0"])
     tied = copy.deepcopy(tied) if copied else tied
     torch.testing.assert_close(compiled(tied)(X), tied(X))
-    assert not pending(tied).sites
+    assert not pe_fx.pending(tied).sites
     if not copied:
         torch.compiler.reset()
         torch.testing.assert_close(compiled(tied[0])(X), tied[0](X))  # a graph that holds nothing tied
@@ -230,7 +230,7 @@ def test_what_transform_left_dense_stays_dense(unlowered: list[str], copied: boo
 def test_options_tie_more_of_a_tied_model(unlowered: list[str]) -> None:
     tied = pe_fx.transform(nn.Sequential(mlp(), nn.Tanh(), mlp()), X, exclude=["0"])
     compiled(tied, rules=["mlp"])(X)
-    assert [str(tie) for tie in pending(tied).ties] == ["0.2.weight ← 0.0.weightᵀ"]
+    assert [str(tie) for tie in pe_fx.pending(tied).ties] == ["0.2.weight ← 0.0.weightᵀ"]
 
 
 def test_a_graph_refuses_weights_of_another_mix(unlowered: list[str]) -> None:
@@ -276,7 +276,7 @@ def test_ties_are_those_of_transform_and_wait_for_commit(unlowered: list[str]) -
     x = MODELS["vit"].inputs
     plan = pe_fx.plan(model, x)
     y = compiled(model)(x)
-    held = pending(model)
+    held = pe_fx.pending(model)
     assert sorted(map(str, held.ties)) == sorted(map(str, plan.ties))
     assert held.params_after == plan.params_after
     assert float((model(x) - y).detach().abs().max()) > 1e-3, "the model itself is as it was"
@@ -417,7 +417,7 @@ def test_a_graph_that_cannot_be_read_is_compiled_as_it_is(
 def test_options_choose_rules_and_modules(unlowered: list[str]) -> None:
     model = MODELS["vit"].build()
     compiled(model, rules=["mlp"], exclude=["blocks.0.*"])(MODELS["vit"].inputs)
-    assert [str(tie) for tie in pending(model).ties] == ["blocks.1.mlp.fc2.weight ← blocks.1.mlp.fc1.weightᵀ"]
+    assert [str(tie) for tie in pe_fx.pending(model).ties] == ["blocks.1.mlp.fc2.weight ← blocks.1.mlp.fc1.weightᵀ"]
 
 
 def test_signed_ties(unlowered: list[str]) -> None:
@@ -433,8 +433,8 @@ def test_stages_share(unlowered: list[str]) -> None:
     alone, shared = build(), build()
     compiled(alone, share=())(x)
     compiled(shared)(x)
-    assert pending(shared).params_after < pending(alone).params_after
-    assert pending(shared).params_after == pe_fx.plan(build(), x).params_after
+    assert pe_fx.pending(shared).params_after < pe_fx.pending(alone).params_after
+    assert pe_fx.pending(shared).params_after == pe_fx.plan(build(), x).params_after
 
 
 def test_every_graph_holds_the_first_ties(unlowered: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,13 +443,13 @@ def test_every_graph_holds_the_first_ties(unlowered: list[str], monkeypatch: pyt
     model.insert(1, nn.Dropout())
     run = compiled(model)
     run(X)
-    before = pending(model)
+    before = pe_fx.pending(model)
     monkeypatch.setattr(pe_fx.compiled.backend, "plan", None)
     model.eval()
     for x in (X, X[:3], X[:2]):
         y = run(x)
         assert "transpose" in unlowered[-1]
-    assert pending(model) == before
+    assert pe_fx.pending(model) == before
     pe_fx.commit(model)
     torch.testing.assert_close(model(X[:2]), y)
 
@@ -460,7 +460,7 @@ def test_a_weight_is_decided_by_the_first_graph_that_reads_it(unlowered: list[st
     compiled(model[2])(torch.randn(2, 16))
     with pytest.warns(NoSitesWarning):
         compiled(model)(X)
-    assert not pending(model).sites
+    assert not pe_fx.pending(model).sites
 
 
 def test_a_tied_weight_stays_tied_where_its_source_is_absent(unlowered: list[str]) -> None:
@@ -499,7 +499,7 @@ def test_a_pair_split_by_a_graph_break_is_logged(unlowered: list[str], caplog: p
         y = compiled(model)(X)
     assert "graph break" in caplog.text
     assert "test_backend.py" in caplog.text
-    assert [str(tie) for tie in pending(model).ties] == ["whole.2.weight ← whole.0.weightᵀ"]
+    assert [str(tie) for tie in pe_fx.pending(model).ties] == ["whole.2.weight ← whole.0.weightᵀ"]
     pe_fx.commit(model)
     torch.testing.assert_close(model(X), y)
 
@@ -511,12 +511,12 @@ def test_frozen_and_shared_weights_are_left_alone(unlowered: list[str]) -> None:
     twice[4].weight = twice[0].weight
     with pytest.warns(NoSitesWarning):
         compiled(frozen)(X)
-    assert not pending(frozen).sites
+    assert not pe_fx.pending(frozen).sites
     reset = torch.compile(twice, backend="pe_fx")
     y = reset(X)
     plan = pe_fx.plan(twice, X)
-    assert sorted(map(str, pending(twice).ties)) == sorted(map(str, plan.ties))
-    if pending(twice).sites:
+    assert sorted(map(str, pe_fx.pending(twice).ties)) == sorted(map(str, plan.ties))
+    if pe_fx.pending(twice).sites:
         pe_fx.commit(twice)
     torch.testing.assert_close(twice(X), y)
 
@@ -541,7 +541,7 @@ def test_what_transform_left_dense_stays_so(kind: str, include: list[str], unlow
     model = COPIES[kind](pe_fx.transform(nn.Sequential(mlp(), mlp()), X, include=include))
     compiled(model[1])(X)
     assert unlowered
-    assert not pending(model).sites
+    assert not pe_fx.pending(model).sites
 
 
 def test_models_of_one_class_share_a_graph_but_not_their_ties(unlowered: list[str]) -> None:
@@ -552,7 +552,7 @@ def test_models_of_one_class_share_a_graph_but_not_their_ties(unlowered: list[st
     assert len(unlowered) == 1
     pe_fx.commit(second)
     torch.testing.assert_close(second(X), y)
-    assert pending(first).sites
+    assert pe_fx.pending(first).sites
 
 
 def test_a_graph_refuses_weights_that_were_decided_otherwise(unlowered: list[str]) -> None:
@@ -625,7 +625,7 @@ def test_reset_forgets(unlowered: list[str]) -> None:
     model = mlp()
     compiled(model)(X)
     torch.compiler.reset()
-    assert not pending(model).sites
+    assert not pe_fx.pending(model).sites
 
 
 def test_the_ledger_keeps_no_weight_alive() -> None:
@@ -643,7 +643,7 @@ def test_compiled_code_keeps_no_model_alive(unlowered: list[str]) -> None:
     model = mlp()
     run = compiled(model)
     run(X)
-    assert len(pending(model).ties) == 1
+    assert len(pe_fx.pending(model).ties) == 1
     weights = [weakref.ref(parameter) for parameter in model.parameters()]
     del model, run
     gc.collect()
@@ -654,7 +654,7 @@ def test_a_compilation_that_fails_decides_nothing() -> None:
     model = mlp()
     with pytest.raises(Exception, match="no_such_entry"):
         compiled(model, inductor={"no_such_entry": 1})(X)
-    assert not pending(model).ties
+    assert not pe_fx.pending(model).ties
 
 
 def test_a_pass_of_the_inductor_configuration_still_runs() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +17,8 @@ from torch import Tensor, fx, nn
 
 import pe_fx
 import pe_fx.compiled.lowering
-from pe_fx.compiled.dynamo import CustomGraphPass
-from pe_fx.compiled.lowering import sums
+from pe_fx.compiled.dynamo import CustomGraphPass, hash_of_sources
+from pe_fx.compiled.lowering import UUID, sums
 from pe_fx.compiled.lowering.nodes import CAST
 
 aten = torch.ops.aten
@@ -251,6 +253,34 @@ def test_a_pass_of_the_user_runs_too() -> None:
     run = torch.compile(mlp(), backend="pe_fx", options={"inductor": {"joint_custom_pre_pass": Users()}})
     run(X).sum().backward()
     assert len(seen) == 1
+
+
+LOWERING = Path(pe_fx.compiled.lowering.__file__).parent
+
+
+@pytest.mark.parametrize("file", sorted(str(file.relative_to(LOWERING)) for file in LOWERING.rglob("*.py")))
+def test_one_line_changed_in_any_file_is_another_uuid(file: str, tmp_path: Path) -> None:
+    """So that Inductor's caches never serve what another version of the passes made."""
+    copied = tmp_path / "lowering"
+    shutil.copytree(LOWERING, copied)
+    assert hash_of_sources(copied) == UUID
+    hash_of_sources(LOWERING)  # what it remembers is of another folder
+    lines = (copied / file).read_text().splitlines(keepends=True)
+    lines[len(lines) // 2] = "changed\n"
+    (copied / file).write_text("".join(lines))
+    assert hash_of_sources(copied) != UUID
+
+
+def test_inductor_is_told_the_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def compile_nothing(gm: fx.GraphModule, inputs: Any, options: dict[str, Any]) -> fx.GraphModule:
+        given.append(options["joint_custom_pre_pass"].uuid())
+        return gm
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_nothing)
+    torch.compile(mlp(), backend="pe_fx")(X)
+    assert given == [UUID]
 
 
 def test_a_cast_that_fails_stays(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from torch import fx
 
+from pe_fx.compiled.dynamo import hash_of_sources
 from pe_fx.compiled.lowering.casts import share_casts
 from pe_fx.compiled.lowering.copies import share_copies
 from pe_fx.compiled.lowering.sums import sum_in_turn
@@ -13,8 +15,8 @@ from pe_fx.graph.operation import place_of
 
 log = logging.getLogger(__name__)
 
-UUID = "pe_fx lowering 2"
-"""Changes with every pass: Inductor's caches tell compiled graphs apart by it."""
+UUID = hash_of_sources(Path(__file__).parent)
+"""Inductor's caches tell by it what these passes made from what others made."""
 
 PASSES = (share_casts, share_copies, sum_in_turn)
 
