@@ -9,6 +9,7 @@ import inspect
 import io
 import logging
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from pe_fx.errors import CaptureError, first_line
@@ -51,7 +54,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
 
     `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments; derived where left out. A GraphModule
     whose nodes carry their values (from torch.export or Dynamo) is read as it is; anything else goes through
-    `torch.export.export(strict=False)`, in train mode first. Nothing is computed, no weight is copied.
+    `torch.export.export(strict=False)`, in train mode first. Nothing is computed, no weight is copied. What export refuses for its
+    dtype, such as a grouped product of float32, is captured in another; or else recorded, while a copy of the model runs once.
 
     Raises `CaptureError` where neither mode exports.
     """
@@ -62,17 +66,81 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
     tried: list[ExampleInputs] = []
     for inputs in derive_inputs(model) if example_inputs is None else [example_inputs]:
         tried.append(inputs)
-        args, kwargs = as_arguments(inputs)
-        for training in (True, False):
+        for route in _routes(model, inputs, errors):
             try:
                 with _quiet(), _rng_untouched(model):
-                    program = torch.export.export(_Flattened(_sharing_copy(model).train(training)), args, kwargs, strict=False)
+                    traced = route()
             except Exception as error:  # whatever a user's forward raises
                 errors.append(error)
-                log.debug("export with training=%s failed", training, exc_info=True)
+                log.debug("%s failed", route, exc_info=True)
             else:
-                return _labelled(program, inputs)
+                return _labelled(traced, inputs)
     raise _failure(model, tried, errors, given=example_inputs is not None) from (errors[0] if errors else None)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A graph whose placeholders are parameters, by their names, constants, the caller's inputs, and buffers."""
+
+    gm: fx.GraphModule
+    weights: dict[str, str]
+    inputs: set[str]
+    constants: dict[str, Any]
+
+
+def _routes(model: nn.Module, inputs: ExampleInputs, errors: list[Exception]) -> Iterator[Callable[[], _Traced]]:
+    """Ways to the graph, each to be gone where those before it failed."""
+    modes = (True, False)
+    yield from (functools.partial(_exported, model, inputs, training) for training in modes)
+    if _NAMES_DTYPE.search(first_line(errors[-1])):
+        yield from (functools.partial(_exported, model, inputs, training, d) for d in _other_dtypes(model, inputs) for training in modes)
+        yield from (functools.partial(_recorded, model, inputs, training) for training in modes)
+
+
+def _exported(model: nn.Module, inputs: ExampleInputs, training: bool, dtype: torch.dtype | None = None) -> _Traced:
+    args, kwargs = pytree.tree_map_only(Tensor, functools.partial(_in_dtype, dtype=dtype), as_arguments(inputs))
+    program = torch.export.export(_Flattened(_sharing_copy(model, dtype).train(training)), args, kwargs, strict=False)
+    signature = program.graph_signature
+    weights = {key: name.removeprefix("model.") for key, name in signature.inputs_to_parameters.items()}
+    constants = {key: program.constants[name] for key, name in signature.inputs_to_lifted_tensor_constants.items()}
+    return _Traced(program.graph_module, weights, set(signature.user_inputs), constants)
+
+
+def _recorded(model: nn.Module, inputs: ExampleInputs, training: bool) -> _Traced:
+    """One run of a copy, which may change itself as it likes."""
+    copied = _Flattened(copy.deepcopy(model).train(training))
+    parameters = dict(copied.named_parameters())
+    state = parameters | dict(copied.named_buffers())
+
+    def run(values: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return torch.func.functional_call(copied, dict(zip(state, values, strict=True)), args, kwargs)
+
+    own = pytree.tree_map_only(Tensor, lambda value: value.detach().clone(), as_arguments(inputs))
+    gm = make_fx(run, pre_dispatch=True)(list(state.values()), *own)
+    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+    weights = {key: name.removeprefix("model.") for key, name in zip(names, state, strict=False) if name in parameters}
+    constants = {node.name: getattr(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        node.meta["val"] = FakeTensorMode().from_tensor(constants[node.name])
+    return _Traced(gm, weights, set(names[len(state) :]), constants)
+
+
+_NAMES_DTYPE = re.compile(r"dtype|float|half|double|scalar type", re.IGNORECASE)
+
+
+def _other_dtypes(model: nn.Module, inputs: ExampleInputs) -> tuple[torch.dtype, ...]:
+    """The dtypes in which a model may be captured that export refuses in its own; none where its values have several."""
+    tensors = (*model.parameters(), *tensors_in(inputs))
+    own = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    return tuple(dtype for dtype in (torch.float32, torch.bfloat16) if dtype not in own) if len(own) == 1 else ()
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor, or, for floating numbers of another dtype, one like it: values do not matter, so none are set."""
+    if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    like = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+    return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
 
 
 def _failure(model: nn.Module, tried: list[ExampleInputs], errors: list[Exception], given: bool) -> CaptureError:
@@ -90,17 +158,18 @@ def _failure(model: nn.Module, tried: list[ExampleInputs], errors: list[Exceptio
     return CaptureError(f"{name} could not be captured with {origin} {', '.join(shapes) or 'no tensors'}: {what}; {hint}")
 
 
-def _labelled(program: torch.export.ExportedProgram, inputs: ExampleInputs) -> Captured:
-    signature = program.graph_signature
-    names = {key: name.removeprefix("model.") for key, name in signature.inputs_to_parameters.items()}
-    graph = plain(program.graph_module)
-    placeholders = graph.find_nodes(op="placeholder")
-    weights = {node: names[node.name] for node in placeholders if node.name in names}
-    lifted = signature.inputs_to_lifted_tensor_constants
-    for node in placeholders:
-        if node.name in lifted:
-            _show(node, program.constants[lifted[node.name]])
-    return Captured(graph, weights, {node for node in placeholders if node.name in signature.user_inputs}, inputs)
+def _labelled(traced: _Traced, inputs: ExampleInputs) -> Captured:
+    graph = plain(traced.gm)
+    weights: dict[fx.Node, str] = {}
+    users: set[fx.Node] = set()
+    for node in (*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr")):
+        if node.name in traced.weights:
+            weights[node] = traced.weights[node.name]
+        elif node.name in traced.inputs:
+            users.add(node)
+        elif node.name in traced.constants:
+            _show(node, traced.constants[node.name])
+    return Captured(graph, weights, users, inputs)
 
 
 def _show(constant: fx.Node, value: Any) -> None:
@@ -173,12 +242,12 @@ class _Flattened(nn.Module):
 _FLATTENED = f"{_Flattened.__module__}.{_Flattened.__qualname__}"
 
 
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that holds the very tensors of the original."""
+def _sharing_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of the module tree that holds the very tensors of the original, or such in another dtype."""
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         tensors += [value for value in pytree.tree_leaves(dict(vars(module))) if isinstance(value, Tensor)]
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    copied = copy.deepcopy(model, {id(tensor): _in_dtype(tensor, dtype) for tensor in tensors})
     for module in copied.modules():
         module._apply = functools.partial(_convert, module)  # type: ignore[method-assign]
     return copied

@@ -19,6 +19,7 @@ import pe_fx
 from pe_fx import CaptureError
 from pe_fx.graph.capture import Captured, _sharing_copy, capture
 from pe_fx.graph.inputs import as_arguments, derive_inputs, tensors_in
+from pe_fx.graph.ops import value_of
 
 X = torch.randn(3, 5, 8)
 TIE = "fc2.weight ← fc1.weightᵀ"
@@ -427,6 +428,81 @@ def test_in_place_without_effect_on_the_pair_is_no_nonlinearity() -> None:
         return m.fc2(h)
 
     assert not pe_fx.plan(mlp(forward), X).sites
+
+
+# ---- what export refuses for its dtype
+
+
+PICKY: list[Any] = []
+
+
+def picky(refused: tuple[torch.dtype, ...], even_when_run: bool) -> Callable[[Tensor], Tensor]:
+    """A new operation, which export refuses for these dtypes; so does a real run, or not."""
+
+    def check(x: Tensor) -> Tensor:
+        torch._check(x.dtype not in refused, lambda: f"expected another dtype, got {x.dtype}")
+        return torch.empty_like(x)
+
+    def run(x: Tensor) -> Tensor:
+        return check(x).copy_(x) if even_when_run else x.clone()
+
+    operation = torch.library.custom_op(f"pe_fx_tests::picky{len(PICKY)}", run, mutates_args=())
+    operation.register_fake(check)
+    PICKY.append(operation)
+    return operation
+
+
+def dtypes(captured: Captured) -> set[torch.dtype]:
+    return {value_of(node).dtype for node in captured.weights}
+
+
+@pytest.mark.parametrize(
+    ("own", "other"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float64, torch.float32)]
+)
+@pytest.mark.parametrize("even_when_run", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_captured_in_another_dtype(own: torch.dtype, other: torch.dtype, even_when_run: bool, device: str) -> None:
+    operation = picky((own,), even_when_run)
+    net = mlp(lambda m, x: operation(plain(m, x))).to(own).to(device)
+    before = dict(net.named_parameters())
+    captured = capture(net, X.to(own).to(device))
+    assert dtypes(captured) == {other}
+    assert captured.example_inputs.dtype == own
+    assert ties(pe_fx.plan(net, X.to(own).to(device))) == [TIE]
+    assert all(parameter is before[name] and parameter.dtype == own for name, parameter in net.named_parameters())
+
+
+def test_recorded_in_its_own_dtype_where_export_takes_none() -> None:
+    """The copy that runs may change; neither model nor inputs do."""
+    operation = picky((torch.float32, torch.bfloat16), even_when_run=False)
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            m.norm.weight.mul_(2)
+        return operation(m.norm(plain(m, x.mul_(2))))[:, m.order]
+
+    net = mlp(forward)
+    net.norm, net.order = nn.BatchNorm1d(5), torch.tensor([4, 3, 2, 1, 0])
+    state, x = copy.deepcopy(net.state_dict()), X.clone()
+    captured = capture(net, x)
+    assert dtypes(captured) == {torch.float32}
+    assert sorted(captured.weights.values()) == sorted(name for name, _ in net.named_parameters())
+    assert len(captured.inputs) == 1
+    assert ties(pe_fx.plan(net, x)) == [TIE]
+    assert x.equal(X)
+    assert all(value.equal(net.state_dict()[name]) for name, value in state.items())
+
+
+def test_inputs_of_another_dtype_than_the_model_are_an_error() -> None:
+    operation = picky((torch.bfloat16,), even_when_run=True)
+    with pytest.raises(CaptureError, match=r"got torch\.bfloat16"):
+        capture(mlp(lambda m, x: plain(m, operation(x).float())), X.bfloat16())
+
+
+def test_a_dtype_that_nothing_takes_is_told_as_it_was() -> None:
+    operation = picky((torch.float32, torch.bfloat16), even_when_run=True)
+    with pytest.raises(CaptureError, match=r"got torch\.float32"):
+        capture(mlp(lambda m, x: operation(plain(m, x))), X)
 
 
 # ---- the model is left alone
