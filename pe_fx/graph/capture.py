@@ -80,7 +80,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
 
 @dataclass(frozen=True)
 class _Traced:
-    """A graph whose placeholders are parameters, by their names, constants, the caller's inputs, and buffers."""
+    """A graph, and which of its nodes are parameters, under which names, the caller's inputs, and constants of the code."""
 
     gm: fx.GraphModule
     weights: dict[str, str]
@@ -119,9 +119,11 @@ def _recorded(model: nn.Module, inputs: ExampleInputs, training: bool) -> _Trace
     gm = make_fx(run, pre_dispatch=True)(list(state.values()), *own)
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
     weights = {key: name.removeprefix("model.") for key, name in zip(names, state, strict=False) if name in parameters}
-    constants = {node.name: getattr(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
+    constants = {}
     for node in gm.graph.find_nodes(op="get_attr"):
-        node.meta["val"] = FakeTensorMode().from_tensor(constants[node.name])
+        if isinstance(value := getattr(gm, str(node.target)), Tensor):
+            constants[node.name] = value
+            node.meta["val"] = FakeTensorMode().from_tensor(value)
     return _Traced(gm, weights, set(names[len(state) :]), constants)
 
 

@@ -91,7 +91,7 @@ def test_trains_as_the_tied_model(name: str) -> None:
     """20 AdamW steps: the backend on the dense model, Inductor on the tied one, and the tied one without a compiler."""
     build: Callable[[], nn.Module] = gpt2 if name == "gpt2" else MODELS[name].build
     dense, x = build().train(), MODELS[name].inputs
-    if name == "resnet" and IS_2_11:  # there rounding alone moves a dense one by 2e-3 in float32
+    if name == "resnet":  # in float32 rounding alone moves a dense one, which Inductor compiled, by 4e-3
         dense, x = dense.double(), x.double()
     tied = pe_fx.transform(dense, x)
     eager, inductor = copy.deepcopy(tied), copy.deepcopy(tied)
