@@ -6,7 +6,7 @@ chunk of `in_proj_weight`, a standardised kernel, a rotary table) is folded into
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -18,6 +18,7 @@ from pe_fx.graph.operation import Op, is_floating, is_tensor, shape_of
 from pe_fx.graph.ops import GATHERS, KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place, value_of
 from pe_fx.graph.plain import memory_chain, written_whole
 from pe_fx.graph.tags import numbered
+from pe_fx.graph.walks import encloses, immediate_dominators, nested, reached
 from pe_fx.graph.weights import Static, attach_weight
 
 Test = Callable[[Op], bool]
@@ -113,8 +114,8 @@ class Flow:
             users[op.index].append(leave)
         self._idom = immediate_dominators(sources, entry)
         self._ipdom = immediate_dominators(users, leave)
-        self._intervals = _intervals(self._idom, entry)
-        self._post_intervals = _intervals(self._ipdom, leave)
+        self._intervals = nested(self._idom, entry)
+        self._post_intervals = nested(self._ipdom, leave)
         self._feeders: dict[int, Op | None] = {entry: None}
         for op in self.ops:
             own = op.kind in (Kind.PROJECTION, Kind.LOOKUP) or (op.kind is Kind.CONV and not op.is_depthwise)
@@ -124,11 +125,11 @@ class Flow:
 
     def dominates(self, first: Op, second: Op) -> bool:
         """Whether every way from the inputs to `second` leads through `first`."""
-        return _encloses(self._intervals, first.index, second.index)
+        return encloses(self._intervals, first.index, second.index)
 
     def post_dominates(self, second: Op, first: Op) -> bool:
         """Whether every way from `first` to the outputs leads through `second`."""
-        return _encloses(self._post_intervals, second.index, first.index)
+        return encloses(self._post_intervals, second.index, first.index)
 
     def feeder(self, op: Op) -> Op | None:
         """The nearest operation with a weight that every way to `op` leads through (itself, if it has one)."""
@@ -166,15 +167,7 @@ class Flow:
         return self._between[start, end]
 
     def reaches(self, start: Op, end: Op) -> bool:
-        seen, stack = {start}, [start]
-        while stack:
-            for user in self.users[stack.pop()]:
-                if user is end:
-                    return True
-                if user.index < end.index and user not in seen:
-                    seen.add(user)
-                    stack.append(user)
-        return False
+        return start is not end and end in reached(start, lambda op: (user for user in self.users[op] if user.index <= end.index))
 
     def forward(self, start: Op, through: Collection[Kind], until: Test, besides: Test = lambda op: False) -> Iterator[Op]:
         """The first operations after `start` for which `until` holds, on ways through the kinds `through` and what `besides` takes."""
@@ -251,7 +244,7 @@ def live_operands(graph: fx.Graph, effects: bool = False) -> dict[fx.Node, list[
                 written.append(node)
     output = next(iter(graph.find_nodes(op="output")))
     resolved[output] += [node for node in written if node not in resolved[output]]
-    live = _ancestors(output, resolved)
+    live = set(reached(output, resolved.__getitem__))
     return {node: operands for node, operands in resolved.items() if node in live}
 
 
@@ -276,67 +269,3 @@ def _rename_written(node: fx.Node, latest: dict[fx.Node, fx.Node]) -> None:
     while isinstance(written, fx.Node) and written_whole(written, node):
         latest[written] = node
         written = next(iter(written.args), None)
-
-
-def _ancestors(node: fx.Node, operands: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:
-    seen, stack = {node}, [node]
-    while stack:
-        for operand in operands[stack.pop()]:
-            if operand not in seen:
-                seen.add(operand)
-                stack.append(operand)
-    return seen
-
-
-def immediate_dominators(before: Mapping[int, Iterable[int]], root: int) -> dict[int, int]:
-    """For each node that the root leads to, the nearest other one that all ways from the root to it lead through.
-
-    >>> immediate_dominators({1: [0], 2: [1], 3: [1], 4: [2, 3]}, root=0)
-    {1: 0, 2: 1, 3: 1, 4: 1}
-
-    `before` names the nodes before each, of a graph without cycles, in the order of their distance from the root. Source: K. D. Cooper,
-    T. J. Harvey, K. Kennedy, A Simple, Fast Dominance Algorithm, 2001; without cycles its first pass is the last.
-    """
-    found: dict[int, int] = {}
-    for node, sources in before.items():
-        common: int | None = None
-        for source in sources:
-            if source != root and source not in found:
-                continue
-            if common is None:
-                common = source
-            while common != source:  # the one farther from the root goes towards it
-                if abs(common - root) > abs(source - root):
-                    common = found[common]
-                else:
-                    source = found[source]
-        if common is not None:
-            found[node] = common
-    return found
-
-
-def _intervals(parents: dict[int, int], root: int) -> dict[int, tuple[int, int]]:
-    """Entry and exit times in the tree of immediate dominators: one encloses another exactly where it dominates it."""
-    children: dict[int, list[int]] = {}
-    for node, parent in parents.items():
-        children.setdefault(parent, []).append(node)
-    entered: dict[int, int] = {}
-    intervals: dict[int, tuple[int, int]] = {}
-    clock = 0
-    stack = [(root, False)]
-    while stack:
-        node, done = stack.pop()
-        clock += 1
-        if done:
-            intervals[node] = (entered[node], clock)
-            continue
-        entered[node] = clock
-        stack.append((node, True))
-        stack += [(child, False) for child in children.get(node, ())]
-    return intervals
-
-
-def _encloses(intervals: dict[int, tuple[int, int]], outer: int, inner: int) -> bool:
-    if outer not in intervals or inner not in intervals:
-        return False
-    return intervals[outer][0] <= intervals[inner][0] and intervals[inner][1] <= intervals[outer][1]

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pe_fx.errors import CaptureError
 from pe_fx.graph.ops import KINDS, base_name, is_in_place, keeps_order, may_alias, value_of
+from pe_fx.graph.walks import reached
 
 log = logging.getLogger(__name__)
 
@@ -179,12 +180,5 @@ def memory_chain(value: fx.Node) -> list[fx.Node]:
 
 
 def _aliases(value: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [value]
-    while stack:
-        current = stack.pop()
-        for user in current.users:
-            if may_alias(user) and user.args[0] is current and user not in found:
-                found.add(user)
-                stack.append(user)
-    return found
+    """Whatever is made of the value and may lie in its memory."""
+    return set(reached(value, lambda made: (user for user in made.users if may_alias(user) and user.args[0] is made))) - {value}

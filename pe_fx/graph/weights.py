@@ -12,6 +12,7 @@ from pe_fx.graph.operation import Op, Weight, factors, is_floating, is_tensor, p
 from pe_fx.graph.ops import KINDS, RESHAPES, Kind, base_name, value_of
 from pe_fx.graph.tags import channels_along, channels_in, numbered, varying_axes
 from pe_fx.graph.views import moved
+from pe_fx.graph.walks import reached
 from pe_fx.ties import Block, Shape
 
 _STATIC_KINDS = {Kind.POINTWISE, Kind.PRODUCT, Kind.NORM, Kind.REDUCE, Kind.NONLINEAR, Kind.CONSTANT}
@@ -235,16 +236,12 @@ def _stranger(node: fx.Node, parameter: fx.Node, static: Static) -> str:
 
 def _reaches_entrywise(node: fx.Node, parameter: fx.Node) -> bool:
     """Whether a way leads from each entry of the parameter to `node`, past no reduction."""
-    seen, stack = {node}, [node]
-    while stack:
-        current = stack.pop()
-        if current is parameter:
-            return True
-        if current.op.startswith("call") and KINDS.get(base_name(current)) is not Kind.REDUCE:
-            fresh = [operand for operand in current.all_input_nodes if operand not in seen]
-            seen.update(fresh)
-            stack += fresh
-    return False
+
+    def operands(current: fx.Node) -> list[fx.Node]:
+        reduces = not current.op.startswith("call") or KINDS.get(base_name(current)) is Kind.REDUCE
+        return [] if reduces else current.all_input_nodes
+
+    return parameter in reached(node, operands)
 
 
 def _varies_by_entry(operand: fx.Node, parameter: fx.Node) -> bool:

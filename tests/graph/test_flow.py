@@ -5,7 +5,7 @@ import random
 import networkx as nx
 import pytest
 
-from pe_fx.graph.flow import immediate_dominators
+from pe_fx.graph.walks import immediate_dominators
 
 
 @pytest.mark.parametrize("seed", range(20))
