@@ -169,10 +169,28 @@ def rate(progress: float) -> float:
     return progress / 0.05 if progress < 0.05 else 0.5 + 0.5 * math.cos(math.pi * (progress - 0.05) / 0.95)
 
 
-COLUMNS = ("variant", "width", "depth", "batch", "lr", "seed", "params", "steps", "done", "score", "curve", "text", "card", "versions", "date")
+COLUMNS = (
+    "variant",
+    "width",
+    "depth",
+    "batch",
+    "lr",
+    "seed",
+    "params",
+    "steps",
+    "done",
+    "score",
+    "curve",
+    "text",
+    "card",
+    "versions",
+    "date",
+)
 
 
-def write(path: Path, nets: list[Net], options: argparse.Namespace, steps: int, progress: float, text: Text, before: list[list[str]]) -> None:
+def write(
+    path: Path, nets: list[Net], options: argparse.Namespace, steps: int, progress: float, text: Text, before: list[list[str]]
+) -> None:
     card = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -234,7 +252,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="(default: --seconds)")
     parser.add_argument("--seconds", type=float, default=240, help="of training, where --steps is not given (default: 240)")
     every = [f"{kind.name}:{place}" for kind in KINDS for place in (-1, 0, 1)]
-    parser.add_argument("--nets", nargs="+", default=every, metavar="NAME:STEP", help="each with steps beside the small study's learning rate")
+    parser.add_argument(
+        "--nets", nargs="+", default=every, metavar="NAME:STEP", help="each with steps beside the small study's learning rate"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=int, default=300_000_000, help="about so many bytes of text (default: 300 MB)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -22,9 +22,8 @@ from torch import fx
 from tqdm import tqdm
 
 import pe_fx
-import pe_fx.backend
-from pe_fx.capture import as_arguments
-from pe_fx.ledger import pending
+import pe_fx.compiled.backend
+from pe_fx.graph.inputs import as_arguments
 
 
 def unlowered(gm: fx.GraphModule, *_: Any) -> Callable[..., Any]:
@@ -44,7 +43,7 @@ def compared(entry: zoo.Entry) -> str:
     args, kwargs = as_arguments(built.inputs)
     with torch.no_grad():
         torch.compile(model, backend="pe_fx")(*args, **kwargs)
-    tied = set(map(str, pending(model).ties))
+    tied = set(map(str, pe_fx.pending(model).ties))
     parts = [("not by the backend", planned - tied), ("by the backend alone", tied - planned)]
     return "; ".join(f"{len(ties)} {where}, such as {min(ties)}" for where, ties in parts if ties)
 
@@ -72,7 +71,7 @@ def main() -> None:
         name = chance.choice(families[family])
         signal.alarm(options.timeout)
         try:
-            with mock.patch.object(pe_fx.backend, "lower", unlowered):
+            with mock.patch.object(pe_fx.compiled.backend, "lower", unlowered):
                 difference = compared(LIBRARIES[options.set][1](name))
         except Exception as error:
             difference = zoo.one_line(error)

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 import pe_fx
-from pe_fx.capture import Captured, capture
+from pe_fx.graph.capture import Captured, capture
 from pe_fx.ties import table
 
 

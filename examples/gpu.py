@@ -243,7 +243,7 @@ def once(turn: Turn, out: Path, dry: bool) -> None:
     import torch
     from torch.nn.functional import gelu, linear, silu
 
-    from pe_fx.lowering import single_read_gpu
+    from pe_fx.compiled.lowering import single_read_gpu
 
     if not dry:
         single_read_gpu.pays = lambda rows, width, height, weights, dtype: rows * width <= 16384  # measured where it is not used, too
@@ -293,7 +293,9 @@ def once(turn: Turn, out: Path, dry: bool) -> None:
         if (tuning := best.get((layer, rows))) is not None:
             titles.append("kernel, best tuning")
             errors.append(float("nan"))
-            calls.append(graphed(kernel_calls(layer, sets_of[layer], torch.randn(rows, layer.width, device=device, dtype=dtype), tuning), dry))
+            calls.append(
+                graphed(kernel_calls(layer, sets_of[layer], torch.randn(rows, layer.width, device=device, dtype=dtype), tuning), dry)
+            )
         times = microseconds(calls, dry)
         for title, each, error in zip(titles, times, errors, strict=True):
             ratio = statistics.median(a / b for a, b in zip(times[0], each, strict=True))
@@ -306,7 +308,7 @@ def kernel_calls(layer: Layer, sets: Sequence[Mapping[str, Any]], x: Any, tuning
     """The kernel alone, on each set of weights in turn; what its programs found is not added up."""
     import torch
 
-    from pe_fx.lowering.single_read_gpu import launch
+    from pe_fx.compiled.lowering.single_read_gpu import launch
 
     processors = torch.cuda.get_device_properties(0).multi_processor_count if x.is_cuda else 2
     unit = MLP if layer.kind == "mlp" else GATED
@@ -321,7 +323,7 @@ def kernel_calls(layer: Layer, sets: Sequence[Mapping[str, Any]], x: Any, tuning
 
 def best_tunings(out: Path) -> dict[tuple[Layer, int], Any]:
     """Of what `tune` has measured."""
-    from pe_fx.lowering.single_read_gpu import Tuning
+    from pe_fx.compiled.lowering.single_read_gpu import Tuning
 
     best: dict[tuple[Layer, int], tuple[float, Any]] = {}
     for row in rows_of(out / "tune.csv"):
@@ -334,7 +336,7 @@ def best_tunings(out: Path) -> dict[tuple[Layer, int], Any]:
 
 
 def tunings(layer: Layer, rows: int) -> Iterator[Any]:
-    from pe_fx.lowering.single_read_gpu import Tuning, power_of_two
+    from pe_fx.compiled.lowering.single_read_gpu import Tuning, power_of_two
 
     size = power_of_two(layer.width) * (1 if layer.kind == "mlp" else 2)
     for elements, warps, stages, programs in itertools.product((4096, 8192, 16384, 32768), (4, 8, 16), (2, 3, 4), (1, 2, 4)):
@@ -347,7 +349,7 @@ def tune(part: int, turn: Turn, out: Path, dry: bool) -> None:
     """The kernel alone, with every tuning there is time for."""
     import torch
 
-    from pe_fx.lowering.single_read_gpu import Tuning
+    from pe_fx.compiled.lowering.single_read_gpu import Tuning
 
     device = "cpu" if dry else "cuda"
     dtype = torch.float32 if dry else torch.bfloat16
@@ -413,9 +415,8 @@ def children_of(options: argparse.Namespace, work: Path, ready_by: float, learn_
     few = {"PYTHONPATH": paths, "TORCHINDUCTOR_COMPILE_THREADS": "3", "OMP_NUM_THREADS": "1"}
     interpreted = few | ({"TRITON_INTERPRET": "1"} if options.dry_run else {})
     junit = str(options.out / "tests.xml")
-    files = ["backend", "lowering", "gpu"]
     tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--show-capture=no", "--tb=short", f"--junitxml={junit}"]
-    tests += [f"tests/test_{name}.py" for name in files]
+    tests += ["tests/compiled"]
     tests += ["-n", "0", "-k", "test_gpu and (activation or single_read and none-1)"] if options.dry_run else ["-n", "8", "--dist", "load"]
     tests += ["-k", options.tests] if options.tests else []
     learn = [sys.executable, "examples/at_scale.py", "--out", str(options.out / "learning.csv"), "--seconds", f"{learn_seconds:.0f}"]
@@ -478,7 +479,10 @@ def check(options: argparse.Namespace, start: float) -> list[str]:
         other = torch.empty_like(big)
         square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
         (copy,), (product,) = (microseconds([call], False, 5) for call in (lambda: other.copy_(big), lambda: square @ square))
-        say(start, f"a copy moves {2 * 2**31 / statistics.median(copy) / 1e6:.2f} TB/s, a product makes {2 * 8192**3 / statistics.median(product) / 1e6:.0f} TFLOP/s")
+        say(
+            start,
+            f"a copy moves {2 * 2**31 / statistics.median(copy) / 1e6:.2f} TB/s, a product makes {2 * 8192**3 / statistics.median(product) / 1e6:.0f} TFLOP/s",
+        )
     return steps
 
 
@@ -533,7 +537,10 @@ def run(options: argparse.Namespace) -> None:
         while any(child.running for child in [*learning, *testing]) and time.time() < end:
             time.sleep(0.2)
         for child in [*learning, *testing]:
-            say(start, f"{child.name}: " + ("cut off" if child.running else f"ended with {child.process.returncode if child.process else None}"))
+            say(
+                start,
+                f"{child.name}: " + ("cut off" if child.running else f"ended with {child.process.returncode if child.process else None}"),
+            )
     finally:
         for child in [*timed, *learning, *testing]:
             child.send(signal.SIGKILL)

@@ -47,8 +47,8 @@ from zoo import Built, Entry
 
 import pe_fx
 from pe_fx.api import plan as make_plan  # imported before anything is timed: `pe_fx.plan` would import at its first call
-from pe_fx.capture import capture
-from pe_fx.rewrite import check_fits
+from pe_fx.graph.capture import capture
+from pe_fx.tied.rewrite_modules import check_fits
 from pe_fx.ties import Plan
 
 LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[[str], Entry]]] = {

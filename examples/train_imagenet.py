@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import pe_fx.timm  # noqa: F401  registers the tied models
-from pe_fx.tied import Tied
+from pe_fx.tied.weight import Tied
 
 
 @dataclass(frozen=True)

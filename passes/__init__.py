@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from pe_fx.flow import Flow
+from pe_fx.graph.flow import Flow
 from pe_fx.passes.attention import Attention
 from pe_fx.passes.bottleneck import Bottleneck
 from pe_fx.passes.glu import Glu

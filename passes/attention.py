@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from pe_fx.channels import arriving
-from pe_fx.flow import Flow
-from pe_fx.operation import Op, Weight, factors, product_labels
-from pe_fx.ops import Kind
+from pe_fx.graph.channels import arriving
+from pe_fx.graph.flow import Flow
+from pe_fx.graph.operation import Op, Weight, factors, product_labels
+from pe_fx.graph.ops import Kind
+from pe_fx.graph.tags import channels_along, channels_in, numbered, varying_axes
 from pe_fx.passes.pairs import common_module, misuse, tie
-from pe_fx.tags import channels_along, channels_in, numbered, varying_axes
 from pe_fx.ties import Block, Miss, Site, Tie
 
 _APPLYING = {Kind.PROJECTION, Kind.CONV, Kind.MATMUL, Kind.OTHER}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pe_fx.channels import Channels, arriving
-from pe_fx.flow import Flow, source_along
-from pe_fx.operation import Op, Weight
-from pe_fx.ops import Kind
+from pe_fx.graph.channels import Channels, arriving
+from pe_fx.graph.flow import Flow, source_along
+from pe_fx.graph.operation import Op, Weight
+from pe_fx.graph.ops import Kind
+from pe_fx.graph.tags import channels_along, channels_in
 from pe_fx.passes.pairs import common_module, leak, misuse, tie
-from pe_fx.tags import channels_along, channels_in
 from pe_fx.ties import Miss, Site
 
 _ELEMENTWISE = {Kind.POINTWISE, Kind.NONLINEAR}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pe_fx.flow import Flow
+from pe_fx.graph.flow import Flow
 from pe_fx.passes.pairs import match_pairs
 from pe_fx.ties import Miss, Site
 

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pe_fx.channels import Channels, arriving
-from pe_fx.flow import Flow
-from pe_fx.operation import Op, Weight
-from pe_fx.ops import Kind
-from pe_fx.tags import channels_along, lies_along, remembered
+from pe_fx.graph.channels import Channels, arriving
+from pe_fx.graph.flow import Flow
+from pe_fx.graph.operation import Op, Weight
+from pe_fx.graph.ops import Kind
+from pe_fx.graph.tags import channels_along, lies_along, remembered
 from pe_fx.ties import Block, Miss, Site, Tie
 
 _HARMLESS = {Kind.VIEW, Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.NORM, Kind.POOL, Kind.CONV, Kind.SOFTMAX, Kind.REDUCE}

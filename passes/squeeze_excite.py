@@ -6,8 +6,8 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pe_fx.flow import Flow, source_along
-from pe_fx.ops import Kind
+from pe_fx.graph.flow import Flow, source_along
+from pe_fx.graph.ops import Kind
 from pe_fx.passes.pairs import Pair, match_pairs
 from pe_fx.ties import Miss, Site
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
-from pe_fx.flow import Flow
-from pe_fx.operation import Op
-from pe_fx.ops import Kind
+from pe_fx.graph.flow import Flow
+from pe_fx.graph.operation import Op
+from pe_fx.graph.ops import Kind
 from pe_fx.passes.pairs import Pair, common_module, entry_pairs
 from pe_fx.ties import Block, Entry, Miss, Shape, Site, Tie
 

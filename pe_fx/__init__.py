@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pe_fx.api import apply, plan, transform
+    from pe_fx.compiled.ledger import commit, pending
     from pe_fx.errors import CaptureError, NoSitesWarning, PeFxError
-    from pe_fx.ledger import commit
+    from pe_fx.tied.twin import untie, verify
     from pe_fx.ties import Plan
-    from pe_fx.twin import untie, verify
 
-__all__ = ["CaptureError", "NoSitesWarning", "PeFxError", "Plan", "apply", "commit", "plan", "transform", "untie", "verify"]
+__all__ = ["CaptureError", "NoSitesWarning", "PeFxError", "Plan", "apply", "commit", "pending", "plan", "transform", "untie", "verify"]
 
 _HOMES = {
     "api": ("apply", "plan", "transform"),
     "errors": ("CaptureError", "NoSitesWarning", "PeFxError"),
-    "ledger": ("commit",),
+    "compiled.ledger": ("commit", "pending"),
     "ties": ("Plan",),
-    "twin": ("untie", "verify"),
+    "tied.twin": ("untie", "verify"),
 }
 
 

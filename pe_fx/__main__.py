@@ -11,7 +11,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show "←" shows "?"
     try:
-        from pe_fx.cli import app
+        from pe_fx.cli.commands import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

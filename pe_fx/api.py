@@ -13,17 +13,20 @@ from typing import Any
 
 from torch import fx, nn
 
-from pe_fx.capture import Captured, ExampleInputs, capture, value_of
-from pe_fx.entry import widen_params
 from pe_fx.errors import NoSitesWarning, PeFxError, check_one_of
-from pe_fx.flow import Flow
-from pe_fx.owners import Owner, forbidden, owners_in
+from pe_fx.graph.capture import Captured, capture
+from pe_fx.graph.flow import Flow
+from pe_fx.graph.inputs import ExampleInputs
+from pe_fx.graph.ops import value_of
+from pe_fx.graph.tags import tracing
 from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.passes.variants import GAIN, MIXES, vary
-from pe_fx.rewrite import INITS, rewrite_graph, rewrite_modules
-from pe_fx.tags import tracing
-from pe_fx.tied import Tied
+from pe_fx.tied.entry import widen_params
+from pe_fx.tied.owners import Owner, forbidden, owners_in
+from pe_fx.tied.rewrite_graph import rewrite_graph
+from pe_fx.tied.rewrite_modules import INITS, rewrite_modules
+from pe_fx.tied.weight import Tied
 from pe_fx.ties import Miss, Plan, Shape, Site
 
 KINDS = tuple(rule.kind for rule in DEFAULT_RULES)
@@ -48,7 +51,7 @@ def plan(
     >>> [str(tie) for tie in pe_fx.plan(model).ties]
     ['2.weight ← 0.weightᵀ']
 
-    Takes the options of `transform`; what `pe_fx.capture.capture` returned stands for the inputs where the graph is at hand.
+    Takes the options of `transform`; what `pe_fx.graph.capture.capture` returned stands for the inputs where the graph is at hand.
     Raises `PeFxError` for wrong options and `CaptureError` where the model's graph cannot be captured.
     """
     chosen = _checked_rules(rules)

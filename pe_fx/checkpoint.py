@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pe_fx.api import apply
-from pe_fx.capture import first_line
-from pe_fx.errors import PeFxError, check_one_of
+from pe_fx.errors import PeFxError, check_one_of, first_line
 from pe_fx.files import whole_file
-from pe_fx.held import held_plan, uncompiled
-from pe_fx.rewrite import INITS
-from pe_fx.tied import MIX, is_sharded
+from pe_fx.tied.held import held_plan, uncompiled
+from pe_fx.tied.rewrite_modules import INITS
+from pe_fx.tied.twin import untie
+from pe_fx.tied.weight import MIX, is_sharded
 from pe_fx.ties import Plan
-from pe_fx.twin import untie
 
 PLAN = "pe_fx_plan"
 """The key of the plan in a file's metadata."""

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from pe_fx.errors import PeFxError
-from pe_fx.tied import Tied, stored, tied_weights_in
+from pe_fx.tied.weight import Tied, stored, tied_weights_in
 from pe_fx.ties import Plan, Site
 
 _WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)

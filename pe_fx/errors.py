@@ -21,3 +21,12 @@ def check_one_of(option: str, value: str, valid: Iterable[str]) -> None:
     """Raises `PeFxError` for a value that the option does not take."""
     if value not in tuple(valid):
         raise PeFxError(f"{option}={value!r} is unknown; choose from {', '.join(map(repr, valid))}")
+
+
+def first_line(error: Exception) -> str:
+    """
+    >>> first_line(ValueError("too long\\nby far"))
+    'ValueError: too long'
+    """
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

@@ -8,7 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from pe_fx.api import apply, plan
-from pe_fx.capture import ExampleInputs
+from pe_fx.graph.inputs import ExampleInputs
 from pe_fx.passes import DEFAULT_RULES, Rule
 
 

@@ -9,7 +9,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from pe_fx.errors import PeFxError
-from pe_fx.tied import tied_weights_in
+from pe_fx.tied.weight import tied_weights_in
 
 
 def check_merge(tuner: BaseTuner) -> None:

@@ -27,8 +27,8 @@ except ImportError as error:
     raise ImportError(f"pe_fx.timm needs timm ({error}): pip install 'pe_fx[timm]'") from error
 
 import pe_fx
-from pe_fx.held import held_plan
-from pe_fx.tied import tied_weights_in
+from pe_fx.tied.held import held_plan
+from pe_fx.tied.weight import tied_weights_in
 
 __all__ = ["register"]
 

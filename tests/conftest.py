@@ -1,4 +1,4 @@
-"""Tests run on the CPU, whatever else a machine has; `PE_FX_DEVICE=cuda pytest tests/test_backend.py tests/test_lowering.py` on a GPU."""
+"""Tests run on the CPU, whatever else a machine has; `PE_FX_DEVICE=cuda pytest tests/compiled` on a GPU."""
 
 from __future__ import annotations
 

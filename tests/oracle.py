@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import pe_fx
 from pe_fx import Plan
-from pe_fx.rewrite import mix_of
+from pe_fx.tied.layouts import mix_of
 from pe_fx.ties import Block, Miss, Tie
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]

@@ -25,10 +25,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-import pe_fx.backend
+import pe_fx.compiled.backend
 from pe_fx import PeFxError, Plan
 from pe_fx import distributed as pe_dist
-from pe_fx.tied import Tied
+from pe_fx.tied.weight import Tied
 
 STEPS = 5
 LIMIT = 150.0
@@ -192,7 +192,7 @@ def load(case: Case, model: nn.Module, folder: Path) -> tuple[dict[str, Tensor],
 
 def compiled(case: Case, model: nn.Module) -> Run:
     """The dense model, tied in its graphs alone: compiled, then wrapped. The graphs run without Inductor."""
-    pe_fx.backend.lower = lambda gm, *_: gm.forward  # type: ignore[attr-defined]
+    pe_fx.compiled.backend.lower = lambda gm, *_: gm.forward  # type: ignore[attr-defined]
     wrapped = DistributedDataParallel(torch.compile(model, backend="pe_fx"), find_unused_parameters=True)
     return Run(train(wrapped, part(case.batch)), whole(model))
 
@@ -205,7 +205,7 @@ def on_ranks(world: int, jobs: dict[str, Job], cases: dict[str, Case], folder: P
     """Runs the jobs on `world` processes; for each what the first process returned, or the text of what it raised."""
     torch.save((jobs, cases), folder / "jobs.pt")
     context = multiprocessing.get_context("forkserver")  # no thread of this process gets into those
-    context.set_forkserver_preload(["timm", "transformers.models.gpt2", "pe_fx.api", "pe_fx.backend", "pe_fx.distributed"])
+    context.set_forkserver_preload(["timm", "transformers.models.gpt2", "pe_fx.api", "pe_fx.compiled.backend", "pe_fx.distributed"])
     started = torch.multiprocessing.start_processes(_rank, (world, folder), world, join=False, start_method="forkserver")
     assert started is not None
     deadline = time.monotonic() + LIMIT

@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import pe_fx
 from pe_fx import CaptureError, NoSitesWarning, PeFxError, Plan
-from pe_fx.flow import Flow
+from pe_fx.graph.flow import Flow
 from pe_fx.passes import Mlp
 from pe_fx.ties import Miss, Site, Tie
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import pe_fx
 from pe_fx import PeFxError, checkpoint
-from pe_fx.held import held_plan
+from pe_fx.tied.held import held_plan
 
 DRAWN = torch.Generator().manual_seed(0)  # other modules draw theirs while they are imported
 ROWS = torch.randn(4, 8, generator=DRAWN)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import pe_fx
 from pe_fx.api import KINDS
 from pe_fx.passes.variants import MIXES
-from pe_fx.rewrite import INITS
+from pe_fx.tied.rewrite_modules import INITS
 
 WIDTH, TOKENS = 8, 6
 EXAMPLES = int(os.environ.get("PE_FX_EXAMPLES", "50"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pe_fx.cli import app
+from pe_fx.cli.commands import app
 
 README = Path(__file__).parent.parent / "README.md"
 

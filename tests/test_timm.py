@@ -25,7 +25,7 @@ from torch import nn
 import pe_fx
 import pe_fx.timm
 from pe_fx.passes.attention import Attention
-from pe_fx.tied import Tied
+from pe_fx.tied.weight import Tied
 from pe_fx.ties import Site
 
 SIZES = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pe_fx
 from pe_fx import Plan
-from pe_fx.twin import Comparison, Report
+from pe_fx.tied.twin import Comparison, Report
 
 X = torch.randn(3, 5, 8)
 IMAGE = torch.randn(2, 8, 6, 6)

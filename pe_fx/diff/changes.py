@@ -43,9 +43,10 @@ from typing import Any
 from torch import nn
 
 from pe_fx.api import apply, plan
-from pe_fx.capture import ExampleInputs, capture
 from pe_fx.diff.align import align
 from pe_fx.diff.graph import Graph, Node, Operand, path_to
+from pe_fx.graph.capture import capture
+from pe_fx.graph.inputs import ExampleInputs
 from pe_fx.ties import Miss, Plan, Shape, Site, gain_of
 
 SCHEMA_VERSION = 1

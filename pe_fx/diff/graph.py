@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from pe_fx.api import canonical
-from pe_fx.capture import Captured, ExampleInputs, capture, module_of, value_of
-from pe_fx.flow import live_operands
-from pe_fx.operation import shape_of
-from pe_fx.ops import KINDS, Kind, base_name
-from pe_fx.owners import owners_in
-from pe_fx.tied import Tied, stored
+from pe_fx.graph.capture import Captured, capture, module_of
+from pe_fx.graph.flow import live_operands
+from pe_fx.graph.inputs import ExampleInputs
+from pe_fx.graph.operation import shape_of
+from pe_fx.graph.ops import KINDS, Kind, base_name, value_of
+from pe_fx.tied.owners import owners_in
+from pe_fx.tied.weight import Tied, stored
 from pe_fx.ties import Shape
 
 _MODES = ("train", "training", "cudnn_enabled")
@@ -49,7 +50,7 @@ class Operand:
 class Node:
     """An operation, an input ("input") or the result ("output").
 
-    `op` is its name without dialect, `kind` what it does to channels (`pe_fx.ops.Kind`, in lower case), `module` the path of the
+    `op` is its name without dialect, `kind` what it does to channels (`pe_fx.graph.ops.Kind`, in lower case), `module` the path of the
     module whose forward runs it, `operands` the parameters that it reads, `inputs` the ids of the nodes that it reads,
     `settings` its other arguments as text, `shape` and `dtype` those of its value.
     """

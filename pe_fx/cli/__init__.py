@@ -1,0 +1,5 @@
+"""The command `pe-fx`: `commands` reads options and shows what came out, `jobs` does the work, `specs` builds the model that a SPEC names.
+
+`options` states what several commands take, `forms` what the help shows. `commands`, `options` and `forms` import without torch, so that
+help and completion come at once. Nothing imports from here but `pe_fx.__main__`.
+"""

@@ -1,0 +1,246 @@
+"""pe-fx: plan, transform and diff from the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pe_fx.cli.forms import FORMS
+from pe_fx.cli.options import AsJson, Debug, Inputs, Look, Misses, Spec, Ties, at_most_one, refuse, spread
+from pe_fx.errors import CaptureError, PeFxError
+from pe_fx.files import whole_file
+
+if TYPE_CHECKING:  # what needs torch is imported by the commands: help and completion come at once
+    from pe_fx.diff import Diff
+
+DIFFERENT, FAILED, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
+
+EPILOG = "Exit codes: 0 done, 1 differences (only with diff --exit-code), 2 an error, 130 interrupted, 141 closed pipe."
+
+app = typer.Typer(
+    name="pe-fx",
+    help=f"""One matrix where two were: see what can be tied in a model, tie it, and look at the difference.
+
+\b
+pe-fx plan timm:deit_small_patch16_224
+pe-fx diff timm:resnet50 --side-by-side
+pe-fx transform timm:resnet50 -o tied.safetensors
+
+A model is {FORMS}.
+""",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors are one line each, but for its new option --debug, and whose exit codes are those that the help names."""
+
+    @functools.wraps(command)
+    def run(*, debug: bool, **given: Any) -> None:
+        try:
+            command(**given)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+            raise typer.Exit(CLOSED_PIPE) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            if isinstance(error, OSError) and error.filename is not None:
+                text = f"{error.filename}: {error.strerror}"
+            elif isinstance(error, PeFxError | OSError):
+                text = " ".join(str(error).split())
+            else:
+                text = f"{type(error).__name__}: {error}; --debug shows where"
+            hint = "; example_inputs are --input here" if isinstance(error, CaptureError) else ""
+            print(f"pe-fx: error: {text}{hint}", file=sys.stderr)
+            raise typer.Exit(FAILED) from None
+
+    signature = inspect.signature(command)
+    last = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), last])  # type: ignore[attr-defined]
+    return run
+
+
+@app.command(
+    "plan", epilog="    pe-fx plan timm:resnet50 --entry slice -o plan.json\n\n    pe-fx plan timm:resnet50 --plan plan.json\n\n" + EPILOG
+)
+@reported
+@spread
+def plan_command(
+    *,
+    spec: Spec,
+    input: Inputs = None,
+    ties: Ties,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here, as JSON.")] = None,
+    misses: Misses = False,
+    as_json: AsJson = False,
+    look: Look,
+) -> None:
+    """Show what can be tied in a model, and what that saves.
+
+    \b
+    pe-fx plan timm:deit_small_patch16_224
+    pe-fx plan timm:resnet50 --entry slice --include 'layer[34].*' -o plan.json
+    pe-fx plan timm:resnet50 --plan plan.json
+    pe-fx plan transformers:bert,num_hidden_layers=4 --json
+    pe-fx plan my_models.py:build --input 1x3x64x64
+    """
+    options = ties.options()
+    with progress() as say:
+        from pe_fx.cli import jobs
+        from pe_fx.diff import report
+
+        made = jobs.planned(spec, input or (), options, jobs.read_plan(ties.plan), say)
+    if output is not None:
+        with whole_file(output) as draft:
+            draft.write_text(made.to_json())
+    if as_json:
+        print(made.to_json())
+    else:
+        look.show(report.plan_report(made, every_miss=misses))
+
+
+@app.command("transform", epilog=EPILOG)
+@reported
+@spread
+def transform_command(
+    *,
+    spec: Spec,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The tied weights, as safetensors.", show_default=False)],
+    input: Inputs = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", metavar="FILE", help="Dense weights, .safetensors or .pt; random where left out.")
+    ] = None,
+    init: Annotated[str, typer.Option("--init", metavar="HOW", help="A shared matrix's values: keep, mean or reset.")] = "keep",
+    ties: Ties,
+) -> None:
+    """Tie a model and write its weights.
+
+    The plan goes into the file's metadata, as "pe_fx_plan": --plan FILE reads it from there, too.
+
+    \b
+    pe-fx transform timm:resnet50 --checkpoint dense.safetensors -o tied.safetensors
+    pe-fx transform timm:resnet50 --plan plan.json --init mean -o tied.safetensors
+    """
+    options = ties.options()
+    with progress() as say:
+        from pe_fx.cli import jobs
+
+        made = jobs.write_tied(spec, output, input or (), options, jobs.read_plan(ties.plan), checkpoint, init, say)
+    if not made.sites:
+        print("pe-fx: warning: nothing could be tied; pe-fx plan --misses says why", file=sys.stderr)
+    print(f"{output}: {len(made.sites)} sites, {made.params_before:,} → {made.params_after:,} parameters", file=sys.stderr)
+
+
+@app.command("diff", epilog=EPILOG)
+@reported
+@spread
+def diff_command(
+    *,
+    spec: Spec,
+    other: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SPEC2", help="Another model to compare with; else the model is compared with itself, tied.", show_default=False
+        ),
+    ] = None,
+    input: Inputs = None,
+    ties: Ties,
+    side_by_side: Annotated[bool, typer.Option("--side-by-side", "-y", help="Two columns.")] = False,
+    stat: Annotated[bool, typer.Option("--stat", help="One line a change.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="A page for a browser: both graphs side by side.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="A picture of the model, or of --module.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="The same as PNG, drawn with resvg-py.")] = None,
+    module: Annotated[str, typer.Option("--module", metavar="PATH", help="What --svg and --png show, e.g. layer4.1.")] = "",
+    fold: Annotated[bool, typer.Option(help="Fold blocks that changed like the one before them.")] = True,
+    misses: Misses = False,
+    tui: Annotated[bool, typer.Option("--tui", help="Walk through it in the terminal: fold, search, jump from change to change.")] = False,
+    as_json: AsJson = False,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 1 where there are differences.")] = False,
+    look: Look,
+) -> None:
+    """Show how a model and its tied self differ, or any two models.
+
+    \b
+    pe-fx diff timm:deit_small_patch16_224
+    pe-fx diff timm:resnet50 --entry expand --side-by-side --misses
+    pe-fx diff timm:resnet50 timm:resnet101 --stat
+    pe-fx diff timm:resnet50 exported.pt2 --exit-code
+    pe-fx diff timm:resnet50 --tui
+    pe-fx diff timm:resnet50 --html diff.html
+    pe-fx diff timm:resnet50 --svg layer4.svg --module layer4
+
+    With --html, --svg or --png only the summary is printed.
+    """
+    at_most_one({"--side-by-side": side_by_side, "--stat": stat, "--tui": tui, "--json": as_json})
+    walk_through = viewer() if tui else None
+    options = ties.options()
+    if other is not None:
+        refuse("two models are compared as they are", [*options, *(["plan"] if ties.plan else []), *(["misses"] if misses else [])])
+    with progress() as say:
+        from pe_fx.cli import jobs
+        from pe_fx.diff import terminal
+
+        if other is None:
+            found = jobs.diff_of_transform(spec, input or (), options, jobs.read_plan(ties.plan), say)
+        else:
+            found = jobs.diff_of_two(spec, other, input or (), say)
+        jobs.write_drawings(found, html, svg, png, module, say)
+    if as_json:
+        print(found.to_json())
+    elif walk_through is not None:
+        walk_through(found)
+    else:
+        if found and stat:
+            look.show(terminal.stat(found, look.columns))
+        elif found and not (html or svg or png):
+            look.show((terminal.side_by_side if side_by_side else terminal.unified)(found, look.columns, fold=fold))
+        if misses:
+            look.show(terminal.misses(found, look.columns))
+        if found:
+            look.show(terminal.summary(found))
+        else:
+            print(terminal.summary(found).plain, file=sys.stderr)
+    if exit_code and found:
+        raise typer.Exit(DIFFERENT)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A function that says on stderr what is going on, where that is a terminal."""
+    console = Console(file=sys.stderr)  # bound here: capture turns sys.stderr aside while it exports
+    if not console.is_terminal:
+        yield lambda step: None
+        return
+    with console.status("importing torch …") as status:
+        yield lambda step: status.update(f"{step} …")
+
+
+def viewer() -> Callable[[Diff], None]:
+    """The interactive viewer, where there is a terminal for it."""
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # Textual draws on stderr
+    if not all(stream and stream.isatty() for stream in streams) or os.environ.get("TERM") == "dumb":
+        raise PeFxError("--tui needs a terminal: leave it out, or try --side-by-side")
+    try:
+        from pe_fx.diff.tui import Viewer
+    except ImportError as error:
+        raise PeFxError("--tui needs textual: pip install 'pe_fx[cli]'") from error
+    return lambda diff: Viewer(diff).run()

@@ -1,0 +1,261 @@
+"""Models by name: what the command line takes for a model.
+
+timm:NAME[,key=value…]              torchvision:NAME[,key=value…]
+transformers:MODEL_TYPE[,key=value…]    from its configuration, with random weights
+package.module:callable[,key=value…]    path/file.py:callable[,key=value…]
+model.pt2                           an exported program
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pe_fx.cli.forms import FORMS
+from pe_fx.errors import PeFxError
+from pe_fx.graph.inputs import ExampleInputs
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with the spec that it was made from, and example inputs where they are known (else None: they are derived)."""
+
+    spec: str
+    model: nn.Module
+    example_inputs: ExampleInputs | None = None
+
+
+def load(spec: str, inputs: Sequence[str] = (), *, on_meta: bool = False) -> Loaded:
+    """Builds the model that a spec names.
+
+    >>> load("torch.nn:Linear,in_features=4,out_features=2").model
+    Linear(in_features=4, out_features=2, bias=True)
+
+    `inputs` as for `parse_inputs`. With `on_meta`, models of the libraries are built without memory for their weights where that
+    works. Nothing is downloaded. Raises `PeFxError` where there is no such model, with the nearest names that there are.
+    """
+    if spec.endswith(".pt2"):
+        model, example_inputs = _exported(Path(spec))
+        return Loaded(spec, model, parse_inputs(inputs, "cpu") or example_inputs)
+    file, py, rest = spec.partition(".py:")
+    source, colon, rest = (f"{file}.py", ":", rest) if py else spec.partition(":")
+    name, *arguments = split_commas(rest)
+    if not source or not colon or not name:
+        guess = f" (timm:{spec}?)" if spec.isidentifier() and spec not in _LIBRARIES else ""
+        raise PeFxError(f"{spec!r} is no model spec{guess}: write {FORMS}")
+    options = dict(map(_option, arguments))
+    if source in _LIBRARIES:
+        build = _LIBRARIES[source](name)
+        model = _built(spec, build, options, on_meta)
+    else:
+        with _on_path(Path(source).parent if py else Path.cwd()):  # also for what is imported while it is built
+            model = _built(spec, _callable(source, name), options, on_meta=False)
+    like = next(iter(model.parameters()), torch.empty(0))
+    return Loaded(spec, model, parse_inputs(inputs, like.device))
+
+
+def parse_inputs(inputs: Sequence[str], device: torch.device | str = "cpu") -> ExampleInputs | None:
+    """Example inputs from their shapes: float32 unless a dtype is given, by position or by name; None for none.
+
+    >>> (image,) = parse_inputs(["1x3x224x224"])
+    >>> image.shape
+    torch.Size([1, 3, 224, 224])
+    >>> {name: (tuple(x.shape), x.dtype) for name, x in parse_inputs(["input_ids=1x16:int64"]).items()}
+    {'input_ids': ((1, 16), torch.int64)}
+
+    Raises `PeFxError` for anything else.
+    """
+    parsed = [_input(text, device) for text in inputs]
+    if not parsed:
+        return None
+    if all(name for name, _ in parsed):
+        named = dict(parsed)
+        if len(named) < len(parsed):
+            raise PeFxError(f"inputs {', '.join(inputs)}: two have one name")
+        return named
+    if any(name for name, _ in parsed):
+        raise PeFxError(f"inputs {', '.join(inputs)}: give all of them by name or none")
+    return tuple(value for _, value in parsed)
+
+
+def _input(text: str, device: torch.device | str) -> tuple[str, torch.Tensor]:
+    match = re.fullmatch(r"(?:(\w+)=)?(\d+(?:x\d+)*)(?::(\w+))?", text)
+    dtype = getattr(torch, match[3] or "float32", None) if match else None
+    if match is None or not isinstance(dtype, torch.dtype):
+        raise PeFxError(f"{text!r} is no input: write 1x3x224x224, 1x16:int64 or input_ids=1x16:int64")
+    try:
+        return match[1] or "", torch.zeros([int(size) for size in match[2].split("x")], dtype=dtype, device=device)
+    except (RuntimeError, NotImplementedError) as error:
+        raise PeFxError(f"{text!r} is no input that can be made: {_first_line(error)}") from error
+
+
+def split_commas(text: str) -> list[str]:
+    """
+    >>> split_commas("resnet50,layers=(1, 1, 1, 1),stem_width=32")
+    ['resnet50', 'layers=(1, 1, 1, 1)', 'stem_width=32']
+    """
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise PeFxError(f"{text!r} is no option of a model: write key=value")
+    with contextlib.suppress(ValueError, SyntaxError):
+        return key, ast.literal_eval(value)
+    return key, {"true": True, "false": False, "none": None}.get(value.lower(), value)
+
+
+def _built(spec: str, build: Callable[..., Any], options: dict[str, Any], on_meta: bool) -> nn.Module:
+    if on_meta:
+        with contextlib.suppress(Exception), torch.device("meta"):  # some constructors compute with values
+            return _checked(spec, build(**options))
+    try:
+        made = build(**options)
+    except Exception as error:  # whatever a model's constructor raises
+        raise PeFxError(f"{spec} could not be built: {type(error).__name__}: {_first_line(error)}") from error
+    return _checked(spec, made)
+
+
+def _checked(spec: str, made: Any) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise PeFxError(f"{spec} is a {type(made).__name__}, not a torch.nn.Module or a callable that returns one")
+    return made
+
+
+def _timm(name: str) -> Callable[..., Any]:
+    timm = _imported("timm", "pip install 'pe_fx[timm]'")
+    if not timm.is_model(name.partition(".")[0]):
+        raise _unknown("timm", name, timm.list_models())
+    return lambda **options: timm.create_model(name, pretrained=False, **options)
+
+
+def _torchvision(name: str) -> Callable[..., Any]:
+    models = _imported("torchvision", "pip install torchvision").models
+    if name not in models.list_models():
+        raise _unknown("torchvision", name, models.list_models())
+    builder = models.get_model_builder(name)
+    without = {key: None for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters}
+    return lambda **options: builder(**without | options)
+
+
+def _transformers(name: str) -> Callable[..., Any]:
+    transformers = _imported("transformers", "pip install transformers")
+    known = list(transformers.CONFIG_MAPPING)
+    if name not in known:
+        raise _unknown("transformers", name, known)
+    return lambda **options: transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **options))
+
+
+_LIBRARIES: dict[str, Callable[[str], Callable[..., Any]]] = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}
+
+
+def _imported(module: str, hint: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise PeFxError(f"{module} cannot be imported ({_first_line(error)}): {hint}") from error
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> PeFxError:
+    nearest = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return PeFxError(f"{what} knows no {name!r}" + (f"; did you mean {', '.join(nearest)}?" if nearest else ""))
+
+
+def _callable(source: str, name: str) -> Callable[..., Any]:
+    module = _from_file(Path(source)) if source.endswith(".py") else _from_package(source)
+    found: Any = module
+    for atom in name.split("."):
+        if not hasattr(found, atom):
+            raise _unknown(source, name, (other for other in vars(module) if not other.startswith("_")))
+        found = getattr(found, atom)
+    if isinstance(found, nn.Module):
+        return lambda: found
+    if not callable(found):
+        raise PeFxError(f"{source}:{name} is a {type(found).__name__}, not a torch.nn.Module or a callable that returns one")
+    return found  # type: ignore[no-any-return]
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise PeFxError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look a class's module up
+    with _user_code(str(path)):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _from_package(name: str) -> Any:
+    with _user_code(name):
+        exists = _exists(name)
+    if not exists:
+        raise _unknown("Python", name, _LIBRARIES)
+    with _user_code(name):
+        return importlib.import_module(name)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            return False
+        raise  # a package around it is there, but lacks something itself
+
+
+@contextlib.contextmanager
+def _user_code(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a user's module raises
+        raise PeFxError(f"{what} could not be imported: {type(error).__name__}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    place = str(folder.resolve())
+    sys.path.insert(0, place)
+    try:
+        yield
+    finally:
+        sys.path.remove(place)
+
+
+def _exported(path: Path) -> tuple[nn.Module, ExampleInputs | None]:
+    if not path.is_file():
+        raise PeFxError(f"there is no file {path}")
+    try:
+        program = torch.export.load(path)
+        args, kwargs = program.example_inputs or ((), {})
+        return program.module(), dict(kwargs) if kwargs and not args else tuple(args) or None
+    except Exception as error:  # a damaged archive raises anything
+        raise PeFxError(f"{path} is no exported program that this torch can read: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""

@@ -1,0 +1,189 @@
+"""`torch.compile(model, backend="pe_fx")`: ties in Dynamo's graphs, lowered through Inductor."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+from pe_fx.api import plan, plan_of
+from pe_fx.compiled.dynamo import GraphWeight, classes_in, fake_like, graph_break, held_in, keep_record, lower, weights_of
+from pe_fx.compiled.ledger import Ledger, ledger, unnamed
+from pe_fx.compiled.lowering import UUID, run_passes
+from pe_fx.errors import CaptureError, NoSitesWarning, PeFxError
+from pe_fx.graph.capture import capture
+from pe_fx.graph.operation import place_of
+from pe_fx.tied.rewrite_graph import rewrite_graph
+from pe_fx.tied.weight import Tied, is_any_chosen
+from pe_fx.ties import Site, Tie
+
+log = logging.getLogger(__name__)
+
+TRANSFORM_OPTIONS = ("rules", "share", "include", "exclude", "mix")
+OPTIONS = (*TRANSFORM_OPTIONS, "mode", "inductor", "single_read")
+
+
+class Backend:
+    """What torch.compile calls with each graph; found by the name "pe_fx".
+
+    >>> import torch, pe_fx
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> compiled = torch.compile(model, backend="pe_fx", options={"rules": ["mlp"]})
+
+    `options` takes `rules`, `share`, `include`, `exclude` and `mix` of `pe_fx.transform`; `mode`, a mode of torch.compile, which itself
+    takes mode or options, not both; `inductor`, a dict of `torch._inductor.config` entries; and `single_read`: whether feed-forward
+    layers of few rows read their weight once in graphs without gradients (default: yes).
+
+    In a model that was transformed, `pe_fx.transform` has decided what is tied: nothing more is, unless these options are given.
+    A weight that is tied away is not read any more and gets no gradient. The ties are decided by the first graph that reads a
+    weight and hold in every graph after it; the model itself stays as it is until `pe_fx.commit(model)`. A graph in which
+    matching fails is compiled as it is, and the failure logged. Raises `PeFxError` for unknown options.
+    """
+
+    __name__ = "pe_fx"
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> Callable[..., Any]:
+        options = options or {}
+        unknown = [name for name in options if name not in OPTIONS]
+        if unknown:
+            raise PeFxError(f"option {unknown[0]!r} is unknown to the backend; choose from {', '.join(OPTIONS)}")
+        weights = weights_of(gm, example_inputs)
+        parameters = {name: weight.parameter for name, weight in weights.items()}
+        held, absent = self.ledger.sites(parameters)
+        new = self._new_sites(gm, weights, {name: options[name] for name in TRANSFORM_OPTIONS if name in options})
+        tied = self._tied(gm, weights, [*held, *new], absent)
+        once = bool(options.get("single_read", True))
+        passes = functools.partial(run_passes, single_read=once)
+        run = lower(tied, example_inputs, options.get("mode", mode), options.get("inductor", {}), passes, (UUID, once))
+        self.ledger.record(new, parameters)  # not before: where compilation fails, no graph holds them
+        self._report(gm, weights, [*held, *new], new)
+        return self._checked(run, weights, [*held, *new])
+
+    def reset(self) -> None:
+        """Called by torch.compiler.reset(): forgets every tie."""
+        self.ledger.clear()
+
+    @staticmethod
+    def _tied(
+        gm: fx.GraphModule, weights: Mapping[str, GraphWeight], sites: Sequence[Site], absent: Mapping[str, nn.Parameter]
+    ) -> fx.GraphModule:
+        """The graph with these ties, some of them to sources that it does not read itself."""
+        if not sites:
+            return gm
+        tied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        keep_record(gm, tied, absent)
+        placeholders = {node.name: node for node in tied.graph.find_nodes(op="placeholder")}
+        nodes = {name: placeholders[weight.node.name] for name, weight in weights.items()}
+        for name, source in absent.items():
+            tied.register_parameter(name, source)
+            with tied.graph.inserting_before(next(node for node in tied.graph.nodes if node.op != "placeholder")):
+                nodes[name] = tied.graph.get_attr(name)
+            nodes[name].meta["example_value"] = fake_like(gm, source)
+        shapes = {name: tuple(weight.parameter.shape) for name, weight in weights.items()}
+        shapes |= {name: tuple(source.shape) for name, source in absent.items()}
+        rewrite_graph(tied, plan_of(sites, shapes), nodes)
+        return tied
+
+    def _new_sites(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], options: Mapping[str, Any]) -> list[Site]:
+        """Sites of weights that no graph has read before; none in a model that was transformed, unless options ask for more."""
+        undecided = {name for name, weight in weights.items() if not self.ledger.is_decided(weight.parameter)}
+        if not undecided or (not options and self._is_transformed(gm, weights)):
+            return []
+        names = {weight.node.name: name for name, weight in weights.items()}
+        try:
+            captured = capture(gm)
+        except CaptureError as error:
+            log.warning("this graph is compiled without new ties: %s", error)
+            return []
+        try:
+            held = held_in(gm)
+            captured = replace(
+                captured,
+                weights={node: names.get(node.name, node.name) for node in captured.weights},
+                inputs={node for node in captured.inputs if node.name not in held},
+            )
+            made = plan(gm, captured, **options)
+        except PeFxError:
+            raise
+        except Exception as error:
+            log.exception("matching failed at %s: this graph is compiled without new ties", place_of(error))
+            return []
+        for miss in made.misses:
+            log.info("not tied: %s (%s): %s", miss.name, miss.kind, miss.reason)
+        free = {name for name, weight in weights.items() if not self.ledger.is_target(weight.parameter)}
+        sites = [replace(site, ties=tuple(t for t in site.ties if t.target in undecided and t.source in free)) for site in made.sites]
+        return [site for site in sites if site.ties]
+
+    def _is_transformed(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight]) -> bool:
+        """Whether `pe_fx.transform` has decided what is tied, and what is not."""
+        return any(issubclass(cls, Tied) for cls in classes_in(gm)) or is_any_chosen(weight.parameter for weight in weights.values())
+
+    def _checked(self, run: Callable[..., Any], weights: Mapping[str, GraphWeight], sites: Sequence[Site]) -> Callable[..., Any]:
+        """Dynamo runs one graph for all models of the same code: its ties are recorded for the weights of each, or it must not run."""
+        ledger = self.ledger
+        ties = [tie for site in sites for tie in site.ties]
+        targets: dict[str, set[Tie]] = {}
+        for tie in ties:
+            targets.setdefault(tie.target, set()).add(unnamed(tie))
+        places = {name: weight.place for name, weight in weights.items()}  # compiled code must not keep a model's parameters alive
+        held = {places[name]: frozenset(known) for name, known in targets.items()}
+        dense = [place for place in places.values() if place not in held]
+        inside = all(tie.source in places for tie in ties)
+        own = {} if inside else {places[name]: weakref.ref(weights[name].parameter) for name in targets}
+
+        def check(args: Sequence[Any]) -> None:
+            if held and inside and not any(ledger.is_decided(args[place]) for place in held):
+                ledger.record(sites, {name: args[place] for name, place in places.items()})
+            alike = all(ledger.ties_of(args[place]) == known for place, known in held.items())
+            fits = alike and all(args[place] is parameter() for place, parameter in own.items())
+            if not fits or any(ledger.is_target(args[place]) for place in dense):
+                raise PeFxError(
+                    "Dynamo runs this graph with the weights of another model, whose ties were decided otherwise: "
+                    "call torch.compiler.reset(), and compile both models as a whole"
+                )
+
+        where = list(places.values())
+        passed: tuple[object, list[int]] | None = None  # with these weights, while the ledger stays as it is
+
+        @functools.wraps(run)
+        def checked(*args: Any) -> Any:
+            nonlocal passed
+            given = [id(args[place]) for place in where]
+            if passed != (ledger.state, given):
+                check(args)
+                passed = ledger.state, given
+            return run(*args)
+
+        return checked
+
+    def _report(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], sites: Sequence[Site], new: Sequence[Site]) -> None:
+        matrices = sum(weight.parameter.dim() > 1 for weight in weights.values())
+        reason = graph_break(gm)
+        if reason:
+            log.warning("a graph break cuts the model, and no weight before it is tied to one behind it: %s", reason)
+        if new:
+            log.info("%d sites tied in the compiled graphs alone; pe_fx.commit(model) ties the model itself", len(new))
+        elif matrices > 1 and not sites and not reason and not self.ledger.warned and not self._is_transformed(gm, weights):
+            self.ledger.warned = True
+            warnings.warn(
+                f"none of the {matrices} matrices in this graph can be tied; it is compiled as by Inductor. "
+                "print(pe_fx.plan(model).explain()) says why",
+                NoSitesWarning,
+                stacklevel=2,
+            )
+
+
+backend = Backend(ledger)

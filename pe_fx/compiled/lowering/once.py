@@ -1,0 +1,231 @@
+"""Feed-forward layers of few rows read their tied weight once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from pe_fx.compiled.lowering import single_read_cpu, single_read_gpu
+from pe_fx.compiled.lowering.nodes import CAST, aten, new_node
+from pe_fx.compiled.lowering.single_read import OPERATION
+from pe_fx.compiled.lowering.unit import NoUnit, unit_between
+from pe_fx.tied.weight import Mix
+
+log = logging.getLogger(__name__)
+
+TURNS = {aten.permute.default, aten.t.default, aten.transpose.int}
+DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+
+
+class Product(NamedTuple):
+    """A node that is x times a matrix, and a bias."""
+
+    node: fx.Node
+    x: fx.Node
+    matrix: fx.Node
+    bias: fx.Node | None
+
+
+class Back(NamedTuple):
+    """How the second product's matrix is made of the weight of the first: its output channels mixed, and scaled."""
+
+    weight: fx.Node
+    mix: Mix | None = None
+    gain: fx.Node | None = None
+
+
+def read_once(graph: fx.Graph) -> None:
+    """Makes one operation of both products of a tied layer, and of the elementwise functions between them.
+
+    Where a gradient is needed, something else reads what is between, and all stays as it is; so it does where rows are many or not
+    known, where the one operation takes longer.
+    """
+    known: dict[str, Mix | None] = {}
+    for node in list(graph.nodes):
+        second = _product(node)
+        if second is None:
+            continue
+        firsts = list(_firsts(second.x))
+        back = _back(second.matrix, firsts, known)
+        if back is not None:
+            try:
+                _rewrite(graph, second, _in_order(firsts, back), back)
+            except NoUnit as reason:
+                log.info("%s reads its weight twice: %s", node, reason)
+
+
+def _product(node: fx.Node) -> Product | None:
+    if node.target is aten.addmm.default and not node.kwargs and node.args[0].meta["val"].dim() == 1:  # type: ignore[union-attr]
+        bias, x, matrix = node.args
+        return Product(node, x, matrix, bias)  # type: ignore[arg-type]
+    if node.target is aten.mm.default and not node.kwargs:
+        x, matrix = node.args
+        return Product(node, x, matrix, None)  # type: ignore[arg-type]
+    return None
+
+
+def _firsts(hidden: fx.Node) -> Iterator[Product]:
+    """The products from which the hidden value is made, by operations on one tensor or several."""
+    seen: set[fx.Node] = set()
+    todo = [hidden]
+    while todo:
+        node = todo.pop()
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        product = _product(node)
+        if product is None:
+            todo += node.all_input_nodes
+        else:
+            yield product
+
+
+def _turned(node: fx.Node) -> tuple[fx.Node, bool]:
+    """What the matrix is a view of, and whether it is its transpose."""
+    turned = False
+    while node.target in TURNS:
+        swapped = node.target is aten.t.default or (
+            sorted(dim % 2 for dim in node.args[1:3]) == [0, 1]  # type: ignore[operator]
+            if node.target is aten.transpose.int
+            else [dim % 2 for dim in node.args[1]] == [1, 0]  # type: ignore[union-attr]
+        )
+        turned ^= swapped
+        node = node.args[0]  # type: ignore[assignment]
+    return node, turned
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    return node.args[0] if node.target is CAST else node  # type: ignore[return-value]
+
+
+def _weight(product: Product) -> fx.Node | None:
+    """The weight that a linear layer applies, (h, d)."""
+    weight, turned = _turned(product.matrix)
+    return weight if turned else None
+
+
+def _back(matrix: fx.Node, firsts: list[Product], known: dict[str, Mix | None]) -> Back | None:
+    """How the matrix is made of a weight of `firsts`, where it is."""
+    weights = {_uncast(weight): weight for weight in map(_weight, firsts) if weight is not None}
+    base, turned = _turned(matrix)
+    if not turned:
+        return Back(weights[_uncast(base)]) if _uncast(base) in weights else None
+    base, gain = _uncast(base), None
+    size = list(base.meta["val"].shape)
+    if base.target is aten.mul.Tensor and isinstance(base.args[1], fx.Node) and list(base.args[1].meta["val"].shape) == [size[0], 1]:
+        base, gain = base.args  # type: ignore[assignment]
+    chain = _chain(base, set(weights))
+    origins = {node for node in chain if node in weights}
+    if len(origins) != 1:
+        return None
+    (origin,) = origins
+    text = _text(chain)
+    if text not in known:
+        with _disable_current_modes():  # Inductor's passes run on fake tensors
+            known[text] = _mix(chain, origin)
+    mix = known[text]
+    return None if mix is None else Back(weights[origin], mix, gain)
+
+
+def _chain(node: fx.Node, weights: set[fx.Node]) -> list[fx.Node]:
+    """What the value is made of, in order, from weights and constants on; empty where anything else is read."""
+    found: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> bool:
+        if node in found:
+            return True
+        fits = node in weights or (node.op == "call_function" and all(map(visit, node.all_input_nodes)))
+        found[node] = None
+        return fits
+
+    return list(found) if visit(node) else []
+
+
+def _text(chain: list[fx.Node]) -> str:
+    """The same for all chains that compute the same, whatever their nodes are called."""
+    place = {node: f"%{i}" for i, node in enumerate(chain)}
+
+    def line(node: fx.Node) -> str:
+        if not node.args:
+            return str(list(node.meta["val"].shape))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: place.get(arg, "weight"))
+        return f"{node.target}{args}{kwargs}"
+
+    return "\n".join(map(line, chain))
+
+
+def _mix(chain: list[fx.Node], origin: fx.Node) -> Mix | None:
+    """The mix of the transposed weight that the chain computes, found by running it on the positions of a weight's entries."""
+    height, width = origin.meta["val"].shape
+    positions = torch.arange(1.0, height * width + 1, dtype=torch.float64).view(height, width)
+    values: dict[fx.Node, Any] = {origin: positions}
+    for node in chain:
+        if node is not origin:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            kwargs = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
+            values[node] = args[0] if node.target is CAST else node.target(*args, **kwargs)  # type: ignore[operator]
+    found = values[chain[-1]]
+    if found.shape != (width, height) or width < 2:
+        return None
+    mix = Mix(0, 1, int(found[1, 0].abs()) - 1, width, height)
+    return mix if mix.hands > 0 and width % mix.hands == 0 and torch.equal(mix(positions.t()), found) else None
+
+
+def _in_order(firsts: list[Product], back: Back) -> list[Product]:
+    """The product with the weight that is read back comes last."""
+    return sorted(firsts, key=lambda product: _weight(product) is back.weight)
+
+
+def _rewrite(graph: fx.Graph, second: Product, firsts: list[Product], back: Back) -> None:
+    weights = [_weight(first) for first in firsts]
+    x = firsts[0].x
+    if any(weight is None for weight in weights) or any(_plain(first.x) is not _plain(x) for first in firsts):
+        raise NoUnit("the products before it are of several inputs")
+    rows, width = x.meta["val"].shape
+    shape, dtype, device = back.weight.meta["val"].shape, x.meta["val"].dtype, x.meta["val"].device
+    if not isinstance(rows, int) or any(weight.meta["val"].shape != shape for weight in weights):  # type: ignore[union-attr]
+        raise NoUnit("the number of rows is dynamic, or its weights differ in shape")
+    kernel = {"cpu": single_read_cpu, "cuda": single_read_gpu}.get(device.type)
+    if kernel is None or dtype not in DTYPES or not kernel.pays(rows, width, shape[0], len(weights), dtype):
+        raise NoUnit(f"with {rows} rows of {dtype} on {device.type}, two products take no longer")
+    unit, _ = unit_between({first.node: name for first, name in zip(firsts, "abcdefgh", strict=False)}, second.x, shape[0])
+    negated = 0 if back.mix is None else shape[0] // 2
+    splits = kernel.splits_of(device, rows, width, len(weights), dtype)
+    with graph.inserting_before(second.node):
+
+        def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            return new_node(graph, second.node, target, *args, **kwargs)
+
+        parts = call(OPERATION, x, weights, [first.bias for first in firsts], negated, unit, splits)
+        total = call(aten.sum.dim_IntList, parts, [0])
+        if back.mix is not None:
+            total = _mixed(call, total, back.mix.hands, device)
+        if back.gain is not None:
+            total = call(aten.mul.Tensor, total, call(aten.reshape.default, back.gain, [width]))
+        if second.bias is not None:
+            total = call(aten.add.Tensor, total, second.bias)
+        result = call(CAST, total, dtype)
+    second.node.replace_all_uses_with(result)
+
+
+def _plain(x: fx.Node) -> fx.Node:
+    """What rows are a view of: gated layers may each have their own."""
+    return x.args[0] if x.target in (aten.view.default, aten.reshape.default) else x  # type: ignore[return-value]
+
+
+def _mixed(call: Any, total: fx.Node, hands: int, device: torch.device) -> fx.Node:
+    """The mix of the weight's output channels, done to the result's."""
+    rows, width = total.meta["val"].shape
+    dealt = call(aten.permute.default, call(aten.view.default, total, [rows, width // hands, hands]), [0, 2, 1])
+    flat = call(aten.reshape.default, dealt, [rows, width])
+    signs = [
+        call(aten.full.default, [count], sign, dtype=torch.float32, device=device)
+        for count, sign in ((width // 2, -1), (width - width // 2, 1))
+    ]
+    product: fx.Node = call(aten.mul.Tensor, flat, call(aten.cat.default, signs))
+    return product

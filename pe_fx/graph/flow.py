@@ -1,0 +1,271 @@
+"""The dataflow view that passes read: operations of known kinds, the weights they apply, and how they dominate one another.
+
+Only values that depend on the model's inputs are part of the flow. What is computed from parameters and constants alone (a
+chunk of `in_proj_weight`, a standardised kernel, a rotary table) is folded into the operation that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, fx
+
+from pe_fx.graph.capture import Captured
+from pe_fx.graph.channels import Channels, transfer
+from pe_fx.graph.operation import Op, is_floating, is_tensor, shape_of
+from pe_fx.graph.ops import GATHERS, KINDS, SHAPE_OF_SECOND, Kind, base_name, is_in_place, value_of
+from pe_fx.graph.plain import memory_chain, written_whole
+from pe_fx.graph.tags import numbered
+from pe_fx.graph.walks import encloses, immediate_dominators, nested, reached
+from pe_fx.graph.weights import Static, attach_weight
+
+Test = Callable[[Op], bool]
+
+
+class Flow:
+    """The operations of a captured graph, in order, with their dominance relations."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.ops: list[Op] = []
+        self.readers: dict[str, list[Op]] = {}
+        self.claimed: dict[str, str] = {}
+        self.carriers: set[Op] = set()
+        self._of_node: dict[fx.Node, Op] = {}
+        self._between: dict[tuple[Op, Op], tuple[Op, ...]] = {}
+        self._traces: dict[tuple[Op, int], dict[Op, Channels]] = {}  # carriers only grow: their number tells their set
+        self._build(captured)
+        self._dominance()
+
+    # ---- construction
+
+    def claim(self, weights: Iterable[str], site: str) -> None:
+        """From here on these weights belong to `site`, and who applies them is one step to the patterns around it."""
+        for name in weights:
+            self.claimed[name] = site
+            self.carriers.update(op for op in self.readers[name] if op.weight is not None)
+
+    def _build(self, captured: Captured) -> None:
+        static = Static(captured)
+        resolved = live_operands(captured.graph, effects=True)
+        output = next(iter(captured.graph.find_nodes(op="output")))
+        reached = set(captured.inputs)
+        chosen_by: list[Op] = []
+        for node, operands in resolved.items():
+            if not reached.isdisjoint(operands):
+                reached.add(node)
+            name = base_name(node) if node.op.startswith("call") else ""
+            if not self._is_value(node, name, operands, captured, reached):
+                if name in GATHERS:  # a value that chooses rows of a table is read there
+                    chosen_by += [self._of_node[operand] for operand in operands if operand in self._of_node]
+                continue
+            op = self._op(node, name, operands, static)
+            self.ops.append(op)
+            self._of_node[node] = op
+            op.parameters = tuple(name for operand in operands if operand not in self._of_node for name in static.parameters(operand))
+            for name in dict.fromkeys(op.parameters):
+                self.readers.setdefault(name, []).append(op)
+        self.results = [self._of_node[node] for node in resolved[output] if node in self._of_node] + chosen_by
+        returned = Op(len(self.ops), output, "the output", Kind.OTHER, (), ())
+        for node in resolved[output]:
+            for name in static.parameters(node) if node not in self._of_node else ():
+                self.readers.setdefault(name, []).append(returned)
+        self.users: dict[Op, list[Op]] = {op: [] for op in self.ops}
+        for op in self.ops:
+            for source in dict.fromkeys(op.inputs):
+                self.users[source].append(op)
+
+    def _is_value(self, node: fx.Node, name: str, operands: list[fx.Node], captured: Captured, reached: set[fx.Node]) -> bool:
+        if node.op == "placeholder":
+            return node in captured.inputs and is_floating(value_of(node))
+        if node.op == "output" or not is_tensor(value_of(node)):
+            return False
+        kind = KINDS.get(name)
+        if kind in (Kind.PROJECTION, Kind.CONV) or (kind is Kind.LOOKUP and node in reached):
+            return True
+        if name in GATHERS:  # which rows of a table are taken makes them no value of another origin
+            return operands[0] in self._of_node
+        return kind is not Kind.CONSTANT and not self._of_node.keys().isdisjoint(operands)
+
+    def _op(self, node: fx.Node, name: str, operands: list[fx.Node], static: Static) -> Op:
+        kind = KINDS.get(name, Kind.OTHER) if name else Kind.INPUT
+        values = tuple(self._of_node.get(operand) for operand in operands)
+        if name in SHAPE_OF_SECOND:
+            values = (values[0], *[None] * (len(values) - 1))
+        if kind is Kind.NORM:  # its statistics and scales are values where they are computed
+            values = (values[0], *[None if value is None or value.kind is Kind.INPUT else value for value in values[1:]])
+        if name == "copy":  # of what was written to, nothing is left
+            values = values[1:2]
+        if kind is Kind.PRODUCT and sum(value is not None for value in values) == 1:
+            kind = Kind.POINTWISE  # a scale
+        if kind is Kind.REDUCE and name in ("max", "min") and len(operands) == 2:
+            kind = Kind.NONLINEAR  # the larger or smaller of two values
+        op = Op(len(self.ops), node, name, kind, shape_of(value_of(node)), values)
+        if kind in (Kind.PROJECTION, Kind.CONV, Kind.MATMUL):
+            attach_weight(op, operands, static)
+        return op
+
+    def _dominance(self) -> None:
+        entry, leave = -1, len(self.ops)
+        sources = {op.index: [source.index for source in op.inputs] or [entry] for op in self.ops}
+        users = {op.index: [user.index for user in self.users[op]] for op in reversed(self.ops)}
+        for op in self.results:
+            users[op.index].append(leave)
+        self._idom = immediate_dominators(sources, entry)
+        self._ipdom = immediate_dominators(users, leave)
+        self._intervals = nested(self._idom, entry)
+        self._post_intervals = nested(self._ipdom, leave)
+        self._feeders: dict[int, Op | None] = {entry: None}
+        for op in self.ops:
+            own = op.kind in (Kind.PROJECTION, Kind.LOOKUP) or (op.kind is Kind.CONV and not op.is_depthwise)
+            self._feeders[op.index] = op if own else self._feeders[self._idom[op.index]]
+
+    # ---- structure
+
+    def dominates(self, first: Op, second: Op) -> bool:
+        """Whether every way from the inputs to `second` leads through `first`."""
+        return encloses(self._intervals, first.index, second.index)
+
+    def post_dominates(self, second: Op, first: Op) -> bool:
+        """Whether every way from `first` to the outputs leads through `second`."""
+        return encloses(self._post_intervals, second.index, first.index)
+
+    def feeder(self, op: Op) -> Op | None:
+        """The nearest operation with a weight that every way to `op` leads through (itself, if it has one)."""
+        return self._feeders[op.index]
+
+    def inevitable(self, op: Op) -> Iterator[Op]:
+        """The operations after `op` that every way to the outputs leads through, nearest first."""
+        index = self._ipdom.get(op.index, len(self.ops))
+        while index < len(self.ops):
+            yield self.ops[index]
+            index = self._ipdom[index]
+
+    def enclosed(self, op: Op) -> Iterator[Op]:
+        """As `inevitable`, as long as nothing enters from elsewhere."""
+        for after in self.inevitable(op):
+            if not self.dominates(op, after):
+                return
+            yield after
+
+    def between(self, start: Op, end: Op) -> tuple[Op, ...]:
+        """The operations on the ways from `start` to `end`, both left out, in order."""
+        if (start, end) not in self._between:
+            back: set[Op] = set()
+            stack = [end]
+            while stack:
+                for source in stack.pop().inputs:
+                    if source.index > start.index and source not in back:
+                        back.add(source)
+                        stack.append(source)
+            derived = {start: None}  # in order
+            for op in sorted(back, key=attrgetter("index")):
+                if not derived.keys().isdisjoint(op.inputs):
+                    derived[op] = None
+            self._between[start, end] = tuple(derived)[1:]
+        return self._between[start, end]
+
+    def reaches(self, start: Op, end: Op) -> bool:
+        return start is not end and end in reached(start, lambda op: (user for user in self.users[op] if user.index <= end.index))
+
+    def forward(self, start: Op, through: Collection[Kind], until: Test, besides: Test = lambda op: False) -> Iterator[Op]:
+        """The first operations after `start` for which `until` holds, on ways through the kinds `through` and what `besides` takes."""
+        return _walk(start, self.users.__getitem__, lambda op: op.kind in through or besides(op), until)
+
+    def backward(self, start: Op, through: Collection[Kind], until: Test, besides: Test = lambda op: False) -> Iterator[Op]:
+        """As `forward`, towards the inputs."""
+        return _walk(start, lambda op: op.inputs, lambda op: op.kind in through or besides(op), until)
+
+    # ---- where channels go
+
+    def trace(
+        self, start: Op, end: Op, *, tags: Tensor | None = None, carriers: Collection[Op] = (), loosely: bool = False
+    ) -> dict[Op, Channels]:
+        """Follows the output channels of `start` through every operation up to and with `end`; maps each to what it then holds.
+
+        Views are understood by running them on the tags. `carriers` are matrix products through which the second factor's
+        channels pass (attention's weighted mean of values). `loosely`: sums with values from elsewhere and
+        weights over other axes are followed too.
+        """
+        if tags is None and not carriers and not loosely:
+            states = self._traces.setdefault((start, len(self.carriers)), {start: _own_channels(start)})
+        else:
+            states = {start: _own_channels(start) if tags is None else Channels(tags)}
+        passing = self.carriers.union(carriers) if carriers else self.carriers
+        for op in (*self.between(start, end), end) if end is not start else ():
+            if op not in states:
+                states[op] = transfer(op, states, passing, loosely)
+        return states
+
+
+def _own_channels(op: Op) -> Channels:
+    return Channels(numbered(op.shape, op.out_axis))
+
+
+def _walk(start: Op, following: Callable[[Op], Iterable[Op]], through: Test, until: Test) -> Iterator[Op]:
+    seen, stack = {start}, [start]
+    while stack:
+        for op in following(stack.pop()):
+            if op in seen:
+                continue
+            seen.add(op)
+            if until(op):
+                yield op
+            elif through(op):
+                stack.append(op)
+
+
+def source_along(op: Op, through: Collection[Kind]) -> Op | None:
+    """What `op` is applied to, before operations of the kinds `through` on that one value."""
+    source = op.inputs[0] if op.inputs else None
+    while source is not None and source.kind in through and len(set(source.inputs)) == 1:
+        source = source.inputs[0]
+    return source
+
+
+def live_operands(graph: fx.Graph, effects: bool = False) -> dict[fx.Node, list[fx.Node]]:
+    """Every node that the output depends on, in order, with the nodes that it reads, each as last written in place.
+
+    `effects`: what is written into a buffer or an input counts as an output, too.
+
+    >>> graph = fx.symbolic_trace(lambda x: (x.add_(1), x.cos(), x)[2]).graph
+    >>> {node.name: [operand.name for operand in operands] for node, operands in live_operands(graph).items()}
+    {'x': [], 'add_': ['x'], 'output': ['add_']}
+    """
+    latest: dict[fx.Node, fx.Node] = {}
+    resolved: dict[fx.Node, list[fx.Node]] = {}
+    written: list[fx.Node] = []
+    for node in graph.nodes:
+        resolved[node] = _in_order(node, latest)
+        if node.op.startswith("call") and is_in_place(node) and isinstance(node.args[0], fx.Node):
+            _rename_written(node, latest)
+            if effects and not memory_chain(node.args[0])[-1].op.startswith("call"):
+                written.append(node)
+    output = next(iter(graph.find_nodes(op="output")))
+    resolved[output] += [node for node in written if node not in resolved[output]]
+    live = set(reached(output, resolved.__getitem__))
+    return {node: operands for node, operands in resolved.items() if node in live}
+
+
+def _in_order(node: fx.Node, latest: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """The nodes among a call's arguments in order, repeated where they are, each as last written."""
+    found: list[fx.Node] = []
+
+    def note(operand: fx.Node) -> fx.Node:
+        current = operand
+        while current in latest:
+            current = latest[current]
+        found.append(current)
+        return operand
+
+    fx.node.map_arg((node.args, node.kwargs), note)
+    return found
+
+
+def _rename_written(node: fx.Node, latest: dict[fx.Node, fx.Node]) -> None:
+    """From here on, who reads what an in-place operation wrote to reads its result."""
+    written: Any = node.args[0]
+    while isinstance(written, fx.Node) and written_whole(written, node):
+        latest[written] = node
+        written = next(iter(written.args), None)

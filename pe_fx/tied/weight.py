@@ -1,0 +1,367 @@
+"""Modules whose weights are views of another module's weight.
+
+A tied module is a subclass of its own class with a property in place of the parameter. The source is held without being
+registered, so that every weight has exactly one name.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+from pe_fx.errors import PeFxError
+from pe_fx.tied.derived import Derived, derive
+from pe_fx.ties import Plan, Ranges, Shape, gain_of
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Fixed signs for the channels along both matrix dimensions, and another order along one of them.
+
+    The `height` channels along `axis` are dealt like cards into `hands`, one hand laid behind the other; then the first half is
+    negated, as is the first half of the `width` channels along `across`.
+
+    >>> mix = Mix(axis=0, across=1, hands=2, height=4, width=2)
+    >>> mix(torch.tensor([[10, 11], [20, 21], [30, 31], [40, 41]])).tolist()
+    [[10, -11], [30, -31], [-20, 21], [-40, 41]]
+    >>> mix.inverse(mix(torch.eye(4, 2))).equal(torch.eye(4, 2))
+    True
+
+    Made of views and products, it keeps nothing in memory, its gradient scatters nothing, and Inductor makes one kernel of it, the
+    same for all weights of one shape with as many hands. A shard along `across`, as in tensor parallel, needs no other.
+    """
+
+    axis: int
+    across: int
+    hands: int
+    height: int
+    width: int
+
+    @classmethod
+    def drawn(cls, axis: int, across: int, shape: Shape, seed: int) -> Mix:
+        """The mix of a weight of this shape that the seed stands for, by arithmetic alone: the same everywhere and for ever.
+
+        >>> Mix.drawn(0, 1, (384, 1536), 2024)
+        Mix(axis=0, across=1, hands=16, height=384, width=1536)
+        """
+        size = shape[axis]
+        divisors = [hands for hands in range(2, size // 2 + 1) if size % hands == 0]
+        # the two that move channels farthest: more trained no better, and each is a kernel more to compile
+        middle = sorted(divisors, key=lambda hands: (max(hands, size // hands), hands))[:2] or [1]
+        return cls(axis, across, middle[seed % len(middle)], size, shape[across])
+
+    def __call__(self, part: Tensor) -> Tensor:
+        return self._signed(self._dealt(part, (-1, self.hands)))
+
+    def inverse(self, mixed: Tensor) -> Tensor:
+        return self._dealt(self._signed(mixed), (self.hands, -1))
+
+    def _dealt(self, part: Tensor, grid: tuple[int, int]) -> Tensor:
+        rows: Tensor = part.unflatten(self.axis, grid)  # type: ignore[no-untyped-call]
+        return rows.transpose(self.axis, self.axis + 1).flatten(self.axis, self.axis + 1)
+
+    def _signed(self, part: Tensor) -> Tensor:
+        for axis, size in ((self.axis, self.height), (self.across, self.width)):
+            signs = torch.cat([part.new_full((size // 2,), -1), part.new_full((size - size // 2,), 1)])
+            part = (part.transpose(axis, -1) * signs).transpose(axis, -1)
+        return part
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a stored tensor: `ranges` of each dimension (None: all of it), dimensions `swap` exchanged, `reshape`d and mixed.
+
+    Written with methods and `cat` alone, so that it runs on tensors and on torch.fx proxies.
+    """
+
+    ranges: tuple[Ranges | None, ...]
+    swap: tuple[int, int] | None = None
+    reshape: Shape | None = None
+    mix: Mix | None = None
+
+    def __call__(self, stored: Tensor) -> Tensor:
+        part = stored
+        for dim, ranges in enumerate(self.ranges):
+            if ranges is not None:
+                part = _joined([part.narrow(dim, start, stop - start) for start, stop in ranges], dim)
+        if self.swap is not None:
+            part = part.transpose(*self.swap)
+        if self.reshape is not None:
+            part = part.reshape(self.reshape)
+        return part if self.mix is None else self.mix(part)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions start to stop of a part (None: all of it); part -1 is what the module itself stores."""
+
+    part: int
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Which of a module's learned factors scale a part, one for each position along `axis`."""
+
+    axis: int
+    start: int
+    count: int
+    initial: float
+
+    def __call__(self, part: Tensor, factors: Tensor) -> Tensor:
+        return part * factors.narrow(0, self.start, self.count).view(*[1] * self.axis, -1, *[1] * (part.dim() - self.axis - 1))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a dense weight is put together along `axis`. `gains` scale the parts, where any is scaled.
+
+    >>> layout = Layout(0, (Piece(0),), (View((((0, 2),), None), swap=(0, 1)),))
+    >>> layout.assemble(None, [torch.ones(4, 3)]).shape
+    torch.Size([3, 2])
+    """
+
+    axis: int
+    pieces: tuple[Piece, ...]
+    views: tuple[View, ...]
+    gains: tuple[Gain | None, ...] = ()
+
+    def assemble(self, own: Tensor | None, sources: Sequence[Tensor], factors: Tensor | None = None) -> Tensor:
+        parts = [view(source) for view, source in zip(self.views, sources, strict=True)]
+        if factors is not None:
+            parts = [part if gain is None else gain(part, factors) for part, gain in zip(parts, self.gains, strict=True)]
+        pieces = []
+        for piece in self.pieces:
+            part = own if piece.part < 0 else parts[piece.part]
+            assert part is not None
+            pieces.append(part if piece.stop is None else part.narrow(self.axis, piece.start, piece.stop - piece.start))
+        return _joined(pieces, self.axis)
+
+
+@dataclass
+class TiedWeight:
+    """One tied weight of a module: its layout, and the modules and names of the parameters that it is a view of.
+
+    `plan` is what tied it, `name` its name there.
+    """
+
+    layout: Layout
+    sources: list[tuple[nn.Module, str]]
+    text: str
+    plan: Plan
+    name: str
+    order: list[str] = field(default_factory=list)
+
+    def dense(self, owner: nn.Module, name: str) -> Tensor:
+        for module, attribute in self.sources:
+            if module._parameters.get(attribute) is None:
+                raise PeFxError(
+                    f"{name} ← {self.text}: the {attribute} of its source, {type(module).__name__}, is no parameter any more, as after "
+                    "pruning, weight_norm or parametrizing it. Remove that, then pe_fx.untie(model) and prune what that returns"
+                )
+        sources = [stored(module, attribute) for module, attribute in self.sources]
+        others = [parameter for parameter in owner._parameters.values() if parameter is not None]
+        if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *others))):
+            raise PeFxError(
+                f"{name} of {owner} reads a shard: its source was sharded apart from it. FSDP2 must shard both modules as one unit, "
+                "pe_fx.distributed.fully_shard(model) or fully_shard([first, second]); pe_fx.distributed.check(model) names them. "
+                "Tensor parallel needs a style for both: pe_fx.distributed.tensor_parallel_plan"
+            )
+        return self.layout.assemble(owner._parameters.get(name), sources, owner._parameters.get(gain_of(name)))
+
+
+def stored(module: nn.Module, name: str) -> Tensor:
+    """The parameter itself, past the property that may stand before it."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, the class of which takes long to import."""
+    return hasattr(parameter, "placements")
+
+
+MIX = "pe_fx_mix"
+"""The key of the mix in what a state_dict tells of a tied module."""
+
+
+class Chosen:
+    """The mark of a module: what of its parameters is tied has been decided, also of those that are in no tie.
+
+    It is kept beside the parameters and not in them, since `load_state_dict(assign=True)` exchanges them and copies of them lose
+    what is marked; with its module it is deep-copied and pickled.
+    """
+
+    marks: ClassVar[weakref.WeakSet[Chosen]] = weakref.WeakSet()
+
+    def __init__(self, parameters: dict[str, nn.Parameter | None]) -> None:
+        self.parameters = parameters
+        self.marks.add(self)
+
+    def __reduce__(self) -> tuple[type[Chosen], tuple[dict[str, nn.Parameter | None]]]:
+        return Chosen, (self.parameters,)
+
+
+def choose(model: nn.Module) -> None:
+    """Marks a model's modules: what in them is tied has been decided."""
+    for module in model.modules():
+        if module._parameters:
+            module.__dict__["pe_fx_chosen"] = Chosen(module._parameters)
+
+
+def unchoose(model: nn.Module) -> None:
+    """Takes the marks away again."""
+    for module in model.modules():
+        module.__dict__.pop("pe_fx_chosen", None)
+
+
+def is_any_chosen(parameters: Iterable[Tensor]) -> bool:
+    """Whether a module that holds one of them, or the module that this one is a copy of, is marked."""
+    chosen = {id(own) for mark in Chosen.marks for own in mark.parameters.values()}
+    return any(id(parameter) in chosen for parameter in parameters)
+
+
+class Tied(Derived):
+    """A module with weights that are views; `tied_weights` says which, and of what."""
+
+    tied_weights: dict[str, TiedWeight]
+
+    @classmethod
+    def attributes(cls, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: _property(name) for name in names}
+
+    def extra_repr(self) -> str:
+        ties = ", ".join(f"{name} ← {weight.text}" for name, weight in self.tied_weights.items())
+        own = super().extra_repr()  # type: ignore[misc]
+        return f"{own}, {ties}" if own else ties
+
+    def _mixes(self) -> dict[str, list[int | None]]:
+        return {
+            name: [None if view.mix is None else view.mix.hands for view in weight.layout.views]
+            for name, weight in self.tied_weights.items()
+        }
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][MIX] = self._mixes()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
+    ) -> None:
+        """Weights have the same names and shapes whatever the mix: a state_dict remembers it."""
+        own = self._mixes()
+        saved = local_metadata.get(MIX, own)
+        if saved != own:
+            alike = {name: len(hands) for name, hands in saved.items()} == {name: len(hands) for name, hands in own.items()}
+            difference = "another order or other signs (mix) than it has" if alike else "other weights tied, or other parts of them, than"
+            errors.append(f"{prefix[:-1]} was saved with {difference} here: tie the model by its own plan")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What setting an attribute comes to. Of a tied weight only the part that is stored can be set, as by load_state_dict."""
+        if name in self.tied_weights:
+            kept: Tensor | None = self._parameters.get(name)  # type: ignore[attr-defined]
+            if kept is None or param is None or param.shape != kept.shape:
+                stored = "" if kept is None else f", or the part that is stored here, {tuple(kept.shape)}"
+                raise PeFxError(f"{name} ← {self.tied_weights[name].text} cannot be set: set its source{stored}")
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.tied_weights:
+            raise PeFxError(f"{name} ← {self.tied_weights[name].text} cannot be deleted: pe_fx.untie(model) makes a parameter of it")
+        super().__delattr__(name)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise PeFxError("torch.jit.script cannot follow a tied weight to its source: use torch.jit.trace, or script pe_fx.untie(model)")
+
+
+def tied_weights_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, TiedWeight]]:
+    """Every tied weight of a model: its full name, its module, its name there, and what it is."""
+    for path, module in model.named_modules():
+        for name, weight in module.tied_weights.items() if isinstance(module, Tied) else ():
+            yield f"{path}.{name}" if path else name, module, name, weight
+
+
+def _property(name: str) -> property:
+    def dense(self: Any) -> Tensor:
+        own: Tensor | None = self._parameters.get(name)
+        if own is not None and is_sharded(own):
+            return own  # FSDP2, between forward passes, looks for its parameter under this name
+        tied: TiedWeight = self.tied_weights[name]
+        if is_fx_symbolic_tracing() and (read := _traced(self, name, tied)) is not None:
+            return read  # type: ignore[no-any-return]
+        try:
+            return tied.dense(self, name)
+        except NotImplementedError as error:  # a quantized tensor
+            raise PeFxError(f"{name} ← {tied.text}: the source cannot be viewed any more ({error}). Quantize pe_fx.untie(model)") from error
+
+    return property(dense, doc=f"The dense {name}, computed from what it is tied to.")
+
+
+def _traced(module: nn.Module, name: str, weight: TiedWeight) -> Any:
+    """What torch.fx records of a read, else it would keep the value; None where its graph cannot name the weight.
+
+    The modules are read, too: a GraphModule then takes them as they are, and not their weights alone.
+    """
+    source, attribute = weight.sources[0]
+    parameter = nn.Module.__getattr__(source, attribute)
+    if not isinstance(parameter, fx.Proxy):
+        return None
+    tracer: Any = parameter.tracer
+    try:
+        paths = [tracer.path_of_module(each) for each in (*(source for source, _ in weight.sources), module)]
+    except NameError:  # a module outside of what is traced
+        return None
+    if not all(paths):
+        return None
+    for path in paths:
+        tracer.create_proxy("get_attr", path, (), {})
+    return tracer.create_proxy("get_attr", f"{paths[-1]}.{name}", (), {})
+
+
+def tied_class(cls: type, module: nn.Module, names: Iterable[str]) -> type:
+    """The class, in place of its class `cls`, of a module in which `names` are tied beside those that are."""
+    dense_class: type = module.dense_class if isinstance(module, Tied) else cls
+    return derive(dense_class, Tied, {*module.__dict__.get("tied_weights", ()), *names})
+
+
+def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parameter | None) -> None:
+    """Makes `module.<name>`, whose class is a `tied_class`, a view; of the parameter only `kept` stays, if anything."""
+    weight.order = list(module._parameters)
+    dense = module._parameters[name]
+    assert dense is not None
+    if kept is None:
+        del module._parameters[name]
+    else:
+        module._parameters[name] = kept
+    factors = [dense.new_full((gain.count,), gain.initial) for gain in weight.layout.gains if gain is not None]
+    if factors:
+        module._parameters[gain_of(name)] = nn.Parameter(torch.cat(factors), requires_grad=dense.requires_grad)
+    module.__dict__["tied_weights"] = {**module.__dict__.get("tied_weights", {}), name: weight}
+
+
+def untie_weights(module: nn.Module, dense: dict[str, Tensor]) -> None:
+    """Gives a tied module ordinary parameters with these values, and its own class."""
+    assert isinstance(module, Tied)
+    weights: dict[str, TiedWeight] = module.__dict__.pop("tied_weights")
+    module.__class__ = module.dense_class  # type: ignore[assignment]
+    for name, weight in weights.items():
+        trained = weight.sources[0][0]._parameters[weight.sources[0][1]]
+        module._parameters[name] = nn.Parameter(dense[name].contiguous(), requires_grad=trained is None or trained.requires_grad)
+        if any(weight.layout.gains):
+            del module._parameters[gain_of(name)]
+    for name in next(iter(weights.values())).order:
+        module._parameters[name] = module._parameters.pop(name)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
