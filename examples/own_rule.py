@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from transformers import BertConfig, BertModel
 
@@ -14,25 +13,22 @@ from pe_fx.passes.pairs import common_module
 from pe_fx.ties import Miss, Site, Tie
 
 
-@dataclass(frozen=True)
 class SharedQK:
-    """`key.weight ← query.weight`, where each is a whole weight and both have one shape."""
+    """`key.weight ← query.weight` where each is a whole matrix and both have one shape."""
 
-    kind: str = "shared_qk"
+    kind = "shared_qk"
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
-        attentions = [op for op in flow.ops if op.kind is Kind.ATTEND]
-        for attention in attentions:
+        for attention in (op for op in flow.ops if op.kind is Kind.ATTEND):
             makers = [value and flow.feeder(value) for value in attention.operands[:2]]
-            q, k = [maker.weight if maker else None for maker in makers]
+            q, k = (maker.weight if maker else None for maker in makers)
             if q is None or k is None or q.name in flow.claimed or k.name in flow.claimed:
                 continue
             names = (q.name, k.name)
             if q.name != k.name and q.is_whole_matrix and k.is_whole_matrix and q.block.shape == k.block.shape:
-                tie = Tie(into=k.block, of=q.block, transposed=False)
-                yield Site(self.kind, common_module(names), names, (tie,))
+                yield Site(self.kind, common_module(names), names, (Tie(into=k.block, of=q.block, transposed=False),))
             else:
-                yield Miss(self.kind, common_module(names), names, f"{q.block} and {k.block} are no two weights of one shape")
+                yield Miss(self.kind, common_module(names), names, f"{q.block} and {k.block} are no two matrices of one shape")
 
 
 def main() -> None:
