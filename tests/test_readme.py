@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import pe_fx
 from pe_fx.cli import app
 
 README = Path(__file__).parent.parent / "README.md"
@@ -91,6 +90,8 @@ def test_measured_figures_are_those_of_the_pages() -> None:
 
 
 def test_the_packages_docstring_opens_with_the_readmes_example() -> None:
+    import pe_fx
+
     statements = [example.source.strip() for example in doctest.DocTestParser().get_examples(pe_fx.__doc__ or "")]
     example = python_in(README.read_text())[0].replace("\n\n", "\n").splitlines()
     assert statements[: len(example)] == example
