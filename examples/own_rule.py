@@ -33,10 +33,9 @@ class SharedQK:
 
 def main() -> None:
     model = BertModel(BertConfig(num_hidden_layers=2))
-    print(pe_fx.plan(model, rules=[SharedQK(), "mlp"]))
-    tied = pe_fx.transform(model, rules=[SharedQK(), "mlp"])
-    print(tied.encoder.layer[0].attention.self.key)
-    print(pe_fx.verify(tied))
+    plan = pe_fx.plan(model, rules=[SharedQK(), "mlp"])
+    print(plan)
+    print(pe_fx.verify(pe_fx.apply(model, plan)))
 
 
 if __name__ == "__main__":

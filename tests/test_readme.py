@@ -33,10 +33,12 @@ def anchors_in(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_in(page.read_text())], ids=lambda page: page.name)
-def test_snippets_run_in_order(page: Path) -> None:
+def test_snippets_run_in_order_and_print_what_is_shown(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, object] = {}
     for snippet in python_in(page.read_text()):
         exec(compile(snippet, str(page), "exec"), namespace)
+        printed = capsys.readouterr().out.splitlines()
+        assert set(re.findall(r"^print\(.*\)\n# (.*)$", snippet, re.MULTILINE)) <= set(printed)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_in(page.read_text())], ids=lambda page: page.name)
