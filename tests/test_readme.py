@@ -116,6 +116,14 @@ def test_pages_of_rows_are_written_by_their_scripts(script: str, option: str, tm
 
 
 @pytest.mark.usefixtures("examples")
+@pytest.mark.parametrize("script", ["accuracy_summary", "sweep", "tables"])
+def test_examples_in_the_scripts_run(script: str) -> None:
+    result = doctest.testmod(importlib.import_module(script))
+    assert result.attempted
+    assert not result.failed
+
+
+@pytest.mark.usefixtures("examples")
 def test_rows_of_a_benchmark_take_the_place_of_older_ones(tmp_path: Path) -> None:
     import bench_summary
 
