@@ -3,8 +3,8 @@
 Three tasks on data that every installation has: "lm", a byte-level language model (GPT-style) on the text of Python's standard
 library; "vit" and "resnet", a small ViT and a bottleneck ResNet on scikit-learn's handwritten digits. Each variant of a task is
 trained from the same start (a tied model is made from the initial dense one), on the same batches, with the same recipe, for
-several lengths. Every run is a row of `examples/accuracy.csv`; the command goes on where it stopped. `--summary` prints the tables
-of what the file holds and draws the plot.
+several lengths. Every run is a row of `examples/accuracy.csv`; the command goes on where it stopped. `--summary` writes the page
+`examples/accuracy.md` of what the file holds and draws the plot.
 
     python examples/accuracy.py --tasks vit resnet --seeds 5
     python examples/accuracy.py --tasks lm --steps 300 1000 --variants dense 'tied*'
@@ -357,12 +357,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("accuracy.csv"), metavar="CSV")
-    parser.add_argument("--summary", action="store_true", help="print the tables of what the CSV holds, draw the plot, and stop")
+    parser.add_argument("--summary", action="store_true", help="write the page and the plot of what the CSV holds, and stop")
     options = parser.parse_args()
     if options.summary:
-        from accuracy_summary import plot, summary
+        from accuracy_summary import page, plot
 
-        print(summary(read_rows(options.out)))
+        options.out.with_suffix(".md").write_text(page(read_rows(options.out)), encoding="utf-8")
         plot(read_rows(options.out), options.out.with_suffix(".png"))
         return
     runs = [

@@ -3,19 +3,20 @@
 For each model five variants take steps in turns in one process: dense with Inductor, tied with Inductor, tied with backend
 "pe_fx", the same with signed permutations and learned gains, and dense with backend "pe_fx", which ties it in the graph. Printed
 are medians as ratios to the first variant; bytes of parameters, gradients (what DDP sends per step) and optimizer state; on a GPU
-the peak memory of a step and its number of kernels.
+the peak memory of a step and its number of kernels. The rows go to `examples/bench.csv`, in the place of those of the same
+measurement; `--summary` writes the page `examples/bench.md` of what the file holds.
 
     python examples/bench.py --models deit_small resnet50_keep --rounds 5
-    python examples/bench.py --device cuda --batch 128 --csv bench.csv
+    python examples/bench.py --device cuda --batch 128
+    python examples/bench.py --summary
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
+import datetime
 import functools
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from typing import Any
 import timm
 import torch
 import transformers
+from bench_summary import COLUMNS, Row, page, read_rows, shown, write_rows
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -183,7 +185,12 @@ class Variant:
         return {"step_peak": peak, "kernels": kernels}, table
 
 
-def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: int, compilations: int) -> list[dict[str, str]]:
+def machine(device: str) -> str:
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} core{'s' * (threads > 1)}"
+
+
+def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: int, compilations: int) -> list[Row]:
     subject = SUBJECTS[name]
     torch.manual_seed(0)
     dense = subject.build().to(device)
@@ -209,19 +216,17 @@ def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: i
     first = variants[0]
     rows = []
     for i, variant in enumerate(variants):
-        row: dict[str, str] = {
-            "model": name,
-            "variant": variant.name,
-            "batch": str(inputs.shape[0]),
-            "dtype": "bf16" if autocast else "fp32",
-        }
+        row = dict.fromkeys(COLUMNS, "")
+        row |= {"device": machine(device), "dtype": "bf16" if autocast else "fp32"}
+        row |= {"model": name, "batch": str(inputs.shape[0]), "variant": variant.name, "rounds": str(rounds)}
+        row |= {"torch": torch.__version__.partition("+")[0], "date": datetime.date.today().isoformat()}
         row["step"] = f"{statistics.median(a / b for a, b in zip(map(sum, variant.spans), map(sum, first.spans), strict=True)):.2f}"
         row |= {part: f"{variant.median(part) / first.median(part):.2f}" for part in PARTS}
         row["compile"] = f"{statistics.median(a / b for a, b in zip(seconds[i], seconds[0], strict=True)):.2f}"
-        row |= {key: f"{value / 1e6:.1f} MB" for key, value in variant.bytes().items()}
+        row |= {f"{key}_mb": f"{value / 1e6:.1f}" for key, value in variant.bytes().items()}
         if device == "cuda":
             extra, _ = variant.on_gpu()
-            row |= {"step peak": f"{extra['step_peak'] / 1e6:.0f} MB", "kernels": f"{extra['kernels']:.0f}"}
+            row |= {"peak_mb": f"{extra['step_peak'] / 1e6:.0f}", "kernels": f"{extra['kernels']:.0f}"}
         rows.append(row)
     return rows
 
@@ -234,23 +239,20 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 is autocast; default: bf16 on a GPU")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compilations", type=int, default=1, help="how often each variant is compiled, in turns; the ratio is the median")
-    parser.add_argument("--csv", type=Path, help="write the rows here, too")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("bench.csv"), help="where the rows go")
+    parser.add_argument("--summary", action="store_true", help="write the page of what the CSV holds, beside it, and stop")
     options = parser.parse_args()
+    if options.summary:
+        options.csv.with_suffix(".md").write_text(page(read_rows(options.csv)), encoding="utf-8")
+        return
     torch._inductor.config.force_disable_caches = True  # compile times are to be compared
     autocast = options.dtype == "bf16" or (options.dtype is None and options.device == "cuda")
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {machine}; times are ratios to the first variant, in medians of {options.rounds} rounds in turns")
+    print(f"torch {torch.__version__}, {machine(options.device)}; ratios to the first variant, medians of {options.rounds} rounds in turns")
     torch.compile(nn.Linear(4, 4).to(options.device))(torch.ones(2, 4, device=options.device)).sum().backward()  # loads the compiler
-    done: list[dict[str, str]] = []
     for name in options.models:
         rows = measure(name, options.device, options.batch, autocast, options.rounds, options.compilations)
-        print("\n" + table(list(rows[0]), [list(row.values()) for row in rows]), flush=True)
-        done += rows
-        if options.csv:
-            with options.csv.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(done)
+        print("\n" + table(*shown(rows)), flush=True)
+        write_rows(options.csv, rows)
 
 
 if __name__ == "__main__":

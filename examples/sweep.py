@@ -3,7 +3,7 @@
 Sets: timm (all of `timm.list_models()`), torchvision (classification, segmentation and detection) and transformers (every
 architecture that has a configuration class, built small). All weights are random; nothing is downloaded. Every model runs in a
 process of its own with a time limit, two at a time. Rows are appended as they come: call it again and it goes on where it
-stopped, `--retry-errors` and `--again` do some models once more, and `--summary` prints the README's tables.
+stopped, `--retry-errors` and `--again` do some models once more, and `--summary` writes the page `examples/sweep.md`.
 
     python examples/sweep.py --plan-only                       # graphs and sites only, a few seconds per model
     python examples/sweep.py --set timm --filter 'vit_*' --again
@@ -295,12 +295,12 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="do again all models chosen")
     parser.add_argument("--plan-only", action="store_true", help="no verification")
     parser.add_argument("--max-params", type=float, default=100e6, help="the largest model to verify (default: 100e6)")
-    parser.add_argument("--summary", action="store_true", help="print the tables of what the CSV holds, and stop")
+    parser.add_argument("--summary", action="store_true", help="write the page of what the CSV holds, beside it, and stop")
     options = parser.parse_args()
     if options.summary:
-        from sweep_summary import summary
+        from sweep_summary import page
 
-        print(summary(read_rows(options.out)))
+        options.out.with_suffix(".md").write_text(page(read_rows(options.out)), encoding="utf-8")
     else:
         sweep(options)
 

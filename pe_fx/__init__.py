@@ -1,4 +1,33 @@
-"""pe_fx: one matrix where two were, in any PyTorch model."""
+"""pe_fx: one matrix where two were, in any PyTorch model.
+
+>>> import timm
+>>> import torch
+>>> import pe_fx
+>>> model = timm.create_model("deit_small_patch16_224")
+>>> tied = pe_fx.transform(model)  # a copy; inplace=True changes the model itself
+>>> count = lambda model: sum(parameter.numel() for parameter in model.parameters())
+>>> assert (count(model), count(tied)) == (22_050_664, 11_433_832)
+>>> assert isinstance(tied, timm.models.VisionTransformer)
+
+`Wᵀ F(W x)` can stand for `W₂ F(W₁ x)`. `transform` finds where, by following the data through the model's graph, and ties the weights:
+fewer parameters, gradients and optimizer state at the same number of multiply-adds. A tied weight is a view of another one and has no
+name of its own in the state_dict; every other name stays, and so do the model's class and forward.
+
+    plan(model)        what transform would do: a Plan, to be printed, explained (`.explain()`) and kept (`.to_json()`)
+    transform(model)   the tied model
+    apply(model, plan) a model tied by a plan made earlier, say to load a checkpoint
+    verify(model)      a tied model against its dense twin: outputs and gradients
+    untie(model)       that twin, in the original architecture's own names
+    commit(model)      after `torch.compile(model, backend="pe_fx")`: ties the model as its compiled graphs are tied
+    pending(model)     the plan that commit would carry out
+
+What cannot be done raises `PeFxError` (`CaptureError`: no graph) and leaves the model as it was; `NoSitesWarning`: nothing to tie.
+By their own names are imported: `pe_fx.checkpoint` (files), `pe_fx.distributed` (FSDP2, tensor parallel), `pe_fx.timm` (tied twins of
+timm's models), `pe_fx.peft`, `pe_fx.fx_pass` (torch.fx passes), `pe_fx.diff` (what changed, as a tree or a page) and `pe_fx.passes` (the
+rules). The command `pe-fx` shows plans and differences.
+
+Source: O. C. Koyun, B. U. Töreyin, arXiv 2401.16438.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,105 @@
+"""The rows of `bench.csv`, and the page `bench.md` that is made of them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tables import markdown
+
+Row = dict[str, str]
+
+KEY = ("device", "dtype", "model", "batch", "variant")
+COLUMNS = (
+    *KEY,
+    *("rounds", "step", "forward", "backward", "optimizer", "compile"),
+    *("weights_mb", "gradients_mb", "state_mb", "peak_mb", "kernels"),
+    *("torch", "date"),
+)
+SHOWN = {  # the columns of the page's tables; one that no row of a table fills is left out
+    "model": "model",
+    "batch": "batch",
+    "variant": "variant",
+    "step": "step",
+    "forward": "forward",
+    "backward": "backward",
+    "optimizer": "optimizer",
+    "compile": "compile",
+    "weights_mb": "weights, MB",
+    "gradients_mb": "gradients, MB",
+    "state_mb": "optimizer state, MB",
+    "peak_mb": "peak of a step, MB",
+    "kernels": "kernels",
+}
+
+INTRODUCTION = """\
+# Training steps, memory and time to compile
+
+This page is written by `python examples/bench.py --summary` from [bench.csv](bench.csv).
+
+`python examples/bench.py` takes steps (forward, backward, AdamW) of five variants in turns, in one process. Times are ratios to the
+dense model with Inductor, in medians over the rounds. "Dense, pe_fx" is the untouched model with `backend="pe_fx"`, which ties it in
+the graph. Bytes of gradients are what DDP sends in each step. Images have 224x224 pixels, gpt2 reads 128 tokens; bf16 is autocast.
+Weights start at random; nothing is downloaded."""
+
+NOTES: Mapping[tuple[str, str], str] = {  # what was learned from the rows of a device and dtype
+    ("CPU, 1 core", "fp32"): """\
+Small batches, other load on the machine's second core: two runs differed by up to 0.05 for DeiT-S and 0.15 for ResNet50;
+`tied, pe_fx` with `keep` came to 0.97, 0.98, 1.01 and 1.01.
+
+- At so small a batch on a CPU the step's time hardly changes; weights, gradients and optimizer state do.
+- `expand` takes longer: the authors' first blocks widen the stage's whole input by a depthwise 3x3 convolution, BatchNorm and GELU, and
+  their first 1x1 convolution then reads two or four times as many channels (at 1.003 times the dense multiply-adds; `slice` needs 0.912).
+  A profile shows both: the kernels that Inductor generates take 1.25 times as long as the dense model's, the backward passes of 1x1
+  convolutions of stride one 1.35 times.
+- Signed ties put W together anew in each step. That work grows with the weight, not with the batch: compiled on a CPU core, forward and
+  backward of six DeiT-S blocks took 1.02 times as long as with plain ties at batch 4 (with gains 1.03), and 1.00 at batch 32 (1.01).
+- Compiling DeiT-S with signed ties took 1.11 times the processor time of plain ones (with gains 1.17): blocks alike are mixed alike, so
+  that each shape of weight is a few kernels more, and no more.
+- Compiling took 0.88 (DeiT-S), 1.00 (ResNet50 `keep`) and 0.94 (`slice`) of the time that Inductor took for the dense model where plain
+  ties went through pe_fx, and 0.85 and 0.93 where the dense model did, matching included (`--compilations 3`; 2 for `slice`); 0.93 to
+  1.03 for the others (one compilation each). `expand`, with its additional operations, took 1.23.""",
+}
+
+PLANNING = """\
+## Planning
+
+Planning costs little beside capture, and grows with the graph (`python examples/bench_plan.py --repeats 5`, medians of processor time in
+turns, 23 November 2026, torch 2.15, the same machine): matching takes 2.6 % of the capture on DeiT-S and 2.2 % on ResNet50. Beside a ViT
+of 24 layers, one of 96 has 3.9 times the nodes and takes 3.5 times the seconds and 3.9 times the function calls; one of 288 layers (9,525
+nodes) has 11.7 times the nodes and takes 10.5 times the seconds and 11.8 times the calls."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Into the CSV, in the place of rows of the same measurement."""
+    merged = {tuple(row[column] for column in KEY): row for row in (*read_rows(path), *rows)}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(merged.values())
+
+
+def page(rows: Sequence[Row]) -> str:
+    """A table for each device and dtype, with what was learned from it."""
+    parts = [INTRODUCTION]
+    for device, dtype in dict.fromkeys((row["device"], row["dtype"]) for row in rows):
+        own = [row for row in rows if (row["device"], row["dtype"]) == (device, dtype)]
+        versions, rounds, dates = (" and ".join(dict.fromkeys(row[column] for row in own)) for column in ("torch", "rounds", "date"))
+        parts += [f"## {device}, {dtype}", f"torch {versions}; {rounds} rounds; {dates.replace('/', ' to ')}.", markdown(*shown(own))]
+        if note := NOTES.get((device, dtype)):
+            parts.append(note)
+    return "\n\n".join((*parts, PLANNING)) + "\n"
+
+
+def shown(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The header and the cells of a table."""
+    columns = [column for column in SHOWN if any(row[column] for row in rows)]
+    return [SHOWN[column] for column in columns], [[row[column] for column in columns] for row in rows]
