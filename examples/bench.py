@@ -19,10 +19,10 @@ import datetime
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -109,6 +109,14 @@ class Clock:
 PARTS = ("forward", "backward", "optimizer")
 
 
+class Kernel(NamedTuple):
+    """All runs of one kernel in a step."""
+
+    name: str
+    calls: int
+    microseconds: float
+
+
 @dataclass
 class Variant:
     """One way to train a model."""
@@ -168,21 +176,21 @@ class Variant:
         state = sum(value.nbytes for held in self.optimizer.state.values() for value in held.values() if isinstance(value, Tensor))
         return {"weights": sum(p.nbytes for p in self.model.parameters()), "gradients": gradients, "state": state}
 
-    def on_gpu(self) -> tuple[dict[str, float], str]:
-        """Peak memory that a step adds to what is there before it, the kernels that it launches, and the profile."""
+    def peak(self) -> int:
+        """Bytes that a step takes at most, beside those of weights and optimizer state. Of a GPU only."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        self.step()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
+        self.step().spans()
+        return torch.cuda.max_memory_allocated() - before
+
+    def kernels(self) -> list[Kernel]:
+        """What one step runs on the GPU, the longest first; neither memory copied nor set."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            self.step()
-            torch.cuda.synchronize()
+            self.step().spans()
         events = [event for event in profile.key_averages() if event.device_type.name == "CUDA" and not event.is_user_annotation]
-        kernels = sum(event.count for event in events if not event.key.startswith("Mem"))  # neither memory copied nor set
-        table: str = profile.key_averages().table(sort_by="self_device_time_total", row_limit=20, max_name_column_width=90)
-        return {"step_peak": peak, "kernels": kernels}, table
+        found = [Kernel(event.key, event.count, event.self_device_time_total) for event in events if not event.key.startswith("Mem")]
+        return sorted(found, key=lambda kernel: -kernel.microseconds)
 
 
 def machine(device: str) -> str:
@@ -216,19 +224,30 @@ def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: i
     first = variants[0]
     rows = []
     for i, variant in enumerate(variants):
-        row = dict.fromkeys(COLUMNS, "")
-        row |= {"device": machine(device), "dtype": "bf16" if autocast else "fp32"}
-        row |= {"model": name, "batch": str(inputs.shape[0]), "variant": variant.name, "rounds": str(rounds)}
-        row |= {"torch": torch.__version__.partition("+")[0], "date": datetime.date.today().isoformat()}
-        row["step"] = f"{statistics.median(a / b for a, b in zip(map(sum, variant.spans), map(sum, first.spans), strict=True)):.2f}"
-        row |= {part: f"{variant.median(part) / first.median(part):.2f}" for part in PARTS}
+        row = row_of(name, variant, first)
         row["compile"] = f"{statistics.median(a / b for a, b in zip(seconds[i], seconds[0], strict=True)):.2f}"
-        row |= {f"{key}_mb": f"{value / 1e6:.1f}" for key, value in variant.bytes().items()}
         if device == "cuda":
-            extra, _ = variant.on_gpu()
-            row |= {"peak_mb": f"{extra['step_peak'] / 1e6:.0f}", "kernels": f"{extra['kernels']:.0f}"}
+            row |= of_kernels(variant.kernels(), first.kernels()) | {"peak_mb": f"{variant.peak() / 1e6:.0f}"}
         rows.append(row)
     return rows
+
+
+def row_of(name: str, variant: Variant, first: Variant) -> Row:
+    """What the variant's steps took, beside those of the first variant, with which it took them in turns."""
+    row = dict.fromkeys(COLUMNS, "")
+    row |= {"device": machine(variant.device), "dtype": "bf16" if variant.autocast else "fp32", "mode": variant.mode or "default"}
+    row |= {"model": name, "batch": str(variant.inputs.shape[0]), "variant": variant.name, "rounds": str(len(variant.spans))}
+    row |= {"torch": torch.__version__.partition("+")[0], "date": datetime.date.today().isoformat()}
+    row["step"] = f"{statistics.median(a / b for a, b in zip(map(sum, variant.spans), map(sum, first.spans), strict=True)):.2f}"
+    row |= {part: f"{variant.median(part) / first.median(part):.2f}" for part in PARTS}
+    row |= {f"{key}_mb": f"{value / 1e6:.1f}" for key, value in variant.bytes().items()}
+    return row
+
+
+def of_kernels(kernels: Sequence[Kernel], others: Sequence[Kernel]) -> Row:
+    """How many there are, and how long they take beside the others: what is left where the GPU need not wait for launches."""
+    times = [sum(kernel.microseconds for kernel in some) for some in (kernels, others)]
+    return {"kernels": str(sum(kernel.calls for kernel in kernels)), "gpu": f"{times[0] / times[1]:.2f}"}
 
 
 def main() -> None:

@@ -10,14 +10,15 @@ from tables import markdown
 
 Row = dict[str, str]
 
-KEY = ("device", "dtype", "model", "batch", "variant")
+KEY = ("device", "dtype", "mode", "model", "batch", "variant")
 COLUMNS = (
     *KEY,
-    *("rounds", "step", "forward", "backward", "optimizer", "compile"),
+    *("rounds", "step", "forward", "backward", "optimizer", "gpu", "compile"),
     *("weights_mb", "gradients_mb", "state_mb", "peak_mb", "kernels"),
     *("torch", "date"),
 )
 SHOWN = {  # the columns of the page's tables; one that no row of a table fills is left out
+    "mode": "mode",
     "model": "model",
     "batch": "batch",
     "variant": "variant",
@@ -25,6 +26,7 @@ SHOWN = {  # the columns of the page's tables; one that no row of a table fills 
     "forward": "forward",
     "backward": "backward",
     "optimizer": "optimizer",
+    "gpu": "kernels' time",
     "compile": "compile",
     "weights_mb": "weights, MB",
     "gradients_mb": "gradients, MB",
@@ -101,5 +103,5 @@ def page(rows: Sequence[Row]) -> str:
 
 def shown(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """The header and the cells of a table."""
-    columns = [column for column in SHOWN if any(row[column] for row in rows)]
+    columns = [column for column in SHOWN if any(row[column] not in ("", "default") for row in rows)]
     return [SHOWN[column] for column in columns], [[row[column] for column in columns] for row in rows]

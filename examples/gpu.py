@@ -109,7 +109,7 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
     import functools
 
     import torch
-    from bench import PARTS, SUBJECTS, Subject, Variant, tokens
+    from bench import SUBJECTS, Subject, Variant, of_kernels, row_of, tokens
 
     import pe_fx
 
@@ -141,7 +141,7 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
     longest = 0.0
     how: dict[str, Any] = {"mode": "reduce-overhead", "fused": True} if graphs else {}
     for title, backend, build_variant in recipes[: int(most or 5)]:
-        if variants and turn.time_left < longest:
+        if variants and turn.time_left < longest / 2:
             print(f"{case}: no time left to compile {title}", flush=True)
             break
         start = time.time()
@@ -161,22 +161,17 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
         if i > 1 and time.time() > end:
             break
     first = variants[0]
-    for variant in variants:
-        ratios = [sum(a) / sum(b) for a, b in zip(variant.spans, first.spans, strict=True)]
-        row: dict[str, Any] = {"model": name, "batch": batch, "dtype": "bf16", "mode": "CUDA graphs" if graphs else "default"}
-        row["variant"] = variant.name
-        row |= {"step": f"{statistics.median(ratios):.3f}", "rounds": len(variant.spans), "ms": f"{variant.median() * 1000:.3f}"}
-        row |= {part: f"{variant.median(part) / first.median(part):.3f}" for part in PARTS}
-        sizes = variant.bytes()
-        row |= {f"{key}_mb": f"{value / 1e6:.1f}" for key, value in sizes.items()} | {"peak_mb": "", "kernels": ""}
+    kernels = [] if dry else [variant.kernels() for variant in variants]
+    for i, variant in enumerate(variants):
+        row = row_of(name, variant, first)
         if not dry:
-            extra, table = variant.on_gpu()
-            row["kernels"] = f"{extra['kernels']:.0f}"
+            row |= of_kernels(kernels[i], kernels[0])
+            for kernel in kernels[i][:12]:
+                place = {column: row[column] for column in ("device", "mode", "model", "batch", "variant")}
+                append(out / "kernels.csv", place | {"kernel": kernel.name[:90], "calls": kernel.calls, "us": f"{kernel.microseconds:.0f}"})
             if not graphs:  # they keep their memory
-                row["peak_mb"] = f"{(extra['step_peak'] + sizes['weights'] + sizes['state']) / 1e6:.0f}"
-            with (out / "profile.txt").open("a", encoding="utf-8") as file:
-                file.write(f"\n## {name}, batch {batch}, {row['mode']}, {variant.name}\n{table}\n")
-        append(out / "bench.csv", row | made_by())
+                row["peak_mb"] = f"{variant.peak() / 1e6:.0f}"
+        append(out / "bench.csv", row)
 
 
 def graphed(call: Callable[[], Any], dry: bool) -> Callable[[], Any]:
@@ -423,7 +418,7 @@ def children_of(options: argparse.Namespace, work: Path, ready_by: float, learn_
     learn += ["--seed", str(options.seed), *(["--nets", *options.nets] if options.nets else [])]
     if options.dry_run:
         learn += ["--width", "32", "--depth", "2", "--batch", "2", "--steps", "10", "--text", "2000000", "--device", "cpu"]
-    graphs = {"default": "", "CUDA graphs": GRAPHS}
+    graphs = {"default": "", "reduce-overhead": GRAPHS}
     done = {f"{row['model']}@{row['batch']}{graphs[row['mode']]}" for row in rows_of(options.out / "bench.csv")}
     every = ["dry@1"] if options.dry_run else [*MODELS, *(case + GRAPHS for case in MODELS)]
     cases = [case for case in options.cases or every if case.partition(":")[0] not in done]

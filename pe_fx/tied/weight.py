@@ -6,10 +6,11 @@ registered, so that every weight has exactly one name.
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -116,7 +117,7 @@ class Gain:
     initial: float
 
     def __call__(self, part: Tensor, factors: Tensor) -> Tensor:
-        return part * factors.narrow(0, self.start, self.count).view(*[1] * self.axis, -1, *[1] * (part.dim() - self.axis - 1))
+        return (part.transpose(self.axis, -1) * factors.narrow(0, self.start, self.count)).transpose(self.axis, -1)
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,26 @@ class Layout:
         return _joined(pieces, self.axis)
 
 
+@functools.cache
+def written_out(layout: Layout) -> Callable[..., Tensor]:
+    """`layout.assemble` as straight-line code, a function of nothing, what a module stores, its factors, and each source.
+
+    >>> written_out(Layout(0, (Piece(0),), (View((None, None), swap=(0, 1)),)))(None, None, None, torch.ones(4, 3)).shape
+    torch.Size([3, 4])
+
+    Layouts that are equal have one function. Dynamo guards on that alone, and not on every number in the layout.
+    """
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    names = ("own", "factors", *(f"source{i}" for i in range(len(layout.views))))
+    own, factors, *sources = (cast(Tensor, fx.Proxy(graph.placeholder(name), tracer)) for name in names)
+    dense: Any = layout.assemble(own, sources, factors if any(layout.gains) else None)
+    graph.output(dense.node)
+    code = graph.python_code("self")
+    exec(code.src, code.globals)
+    return cast(Callable[..., Tensor], code.globals["forward"])
+
+
 @dataclass
 class TiedWeight:
     """One tied weight of a module: its layout, and the modules and names of the parameters that it is a view of.
@@ -159,22 +180,34 @@ class TiedWeight:
     name: str
     order: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.assemble = written_out(self.layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "assemble"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.__post_init__()
+
     def dense(self, owner: nn.Module, name: str) -> Tensor:
+        sources = []
         for module, attribute in self.sources:
-            if module._parameters.get(attribute) is None:
+            parameter = module._parameters.get(attribute)
+            if parameter is None:
                 raise PeFxError(
                     f"{name} ← {self.text}: the {attribute} of its source, {type(module).__name__}, is no parameter any more, as after "
                     "pruning, weight_norm or parametrizing it. Remove that, then pe_fx.untie(model) and prune what that returns"
                 )
-        sources = [stored(module, attribute) for module, attribute in self.sources]
-        others = [parameter for parameter in owner._parameters.values() if parameter is not None]
-        if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *others))):
+            sources.append(parameter)
+        own = owner._parameters
+        if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *(each for each in own.values() if each is not None)))):
             raise PeFxError(
                 f"{name} of {owner} reads a shard: its source was sharded apart from it. FSDP2 must shard both modules as one unit, "
                 "pe_fx.distributed.fully_shard(model) or fully_shard([first, second]); pe_fx.distributed.check(model) names them. "
                 "Tensor parallel needs a style for both: pe_fx.distributed.tensor_parallel_plan"
             )
-        return self.layout.assemble(owner._parameters.get(name), sources, owner._parameters.get(gain_of(name)))
+        return self.assemble(None, own.get(name), own.get(gain_of(name)), *sources)
 
 
 def stored(module: nn.Module, name: str) -> Tensor:
