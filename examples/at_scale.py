@@ -87,7 +87,7 @@ class Net:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), rate, weight_decay=0.05, betas=(0.9, 0.95), fused=cuda, capturable=cuda)
         for block in self.model.blocks if cuda else ():  # type: ignore[union-attr]  # all blocks of one size share what is compiled
             block.compile(backend="inductor" if self.kind.options is None else "pe_fx")
-        self.stream = torch.cuda.Stream() if cuda else None
+        self.stream = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
@@ -154,7 +154,7 @@ class Text:
             yield self.draw(self.read, self.batch, self.generator)
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")
+    @torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
     def score(self, model: nn.Module, rows: int) -> float:
         generator = torch.Generator(self.device).manual_seed(0)
         losses = []
@@ -210,7 +210,7 @@ def train(nets: list[Net], text: Text, options: argparse.Namespace) -> None:
     inputs, targets = (each.clone() for each in next(text.batches()))
     for net in tqdm(nets, desc="compile", leave=False):
         net.capture(inputs, targets)
-    before = [row for row in csv.reader(options.out.open(encoding="utf-8"))][1:] if options.out.exists() else []
+    before = list(csv.reader(options.out.open(encoding="utf-8")))[1:] if options.out.exists() else []
     print(f"READY {len(nets)} nets, text of {len(text.read) / 1e6:.0f} MB", flush=True)
     progress, elapsed, step, scored = 0.0, 0.0, 0, 0
     last = time.monotonic()
@@ -225,8 +225,8 @@ def train(nets: list[Net], text: Text, options: argparse.Namespace) -> None:
                         net.stream.wait_stream(torch.cuda.default_stream())
                     net.run(inputs, targets, rate(progress))
             if cuda:
-                for net in nets:
-                    torch.cuda.default_stream().wait_stream(net.stream)
+                for stream in (net.stream for net in nets if net.stream):
+                    torch.cuda.default_stream().wait_stream(stream)
                 if step % 10 == 0:
                     torch.cuda.synchronize()
             step += 1

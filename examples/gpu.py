@@ -6,9 +6,9 @@
     tune    the same kernel with other block sizes, warps and pipeline stages
     learn   the learning study at scale (at_scale.py)
 
-All that is to be timed compiles at once, in processes of their own, while the nets train; then each of them has the GPU to itself in its
-turn, all else stopped; then the tests run beside the nets. Rows go to CSV files in `--out` as soon as they are measured, and a second call leaves
-out what is there. `--dry-run` runs every step with tiny sizes on the CPU, Triton's kernels in its interpreter.
+All that is to be timed compiles at once, in processes of their own, while the nets train; then each of them has the GPU to itself in
+its turn, all else stopped; then the tests run beside the nets. Rows go to CSV files in `--out` as soon as they are measured, and a
+second call leaves out what is there. `--dry-run` runs every step with tiny sizes on the CPU, Triton's kernels in its interpreter.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import functools
 import importlib.util
 import itertools
 import os
@@ -106,8 +107,6 @@ def made_by() -> dict[str, str]:
 
 def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
     """One model's variants, each compiled, then steps in turns."""
-    import functools
-
     import torch
     from bench import SUBJECTS, Subject, Variant, of_kernels, row_of, tokens
 
@@ -137,7 +136,7 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
     if options.get("entry", "keep") == "keep":
         recipes.append(("dense, pe_fx", "pe_fx", subject.build))
     recipes.append(("signed, pe_fx", "pe_fx", lambda: pe_fx.transform(dense, inputs[:1], mix="signed", **options)))
-    variants = []
+    variants: list[Variant] = []
     longest = 0.0
     how: dict[str, Any] = {"mode": "reduce-overhead", "fused": True} if graphs else {}
     for title, backend, build_variant in recipes[: int(most or 5)]:
@@ -181,7 +180,7 @@ def graphed(call: Callable[[], Any], dry: bool) -> Callable[[], Any]:
     call()
     if dry:
         return call
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
@@ -204,7 +203,7 @@ def microseconds(calls: Sequence[Callable[[], Any]], dry: bool, rounds: int = 25
                 call()
                 times.append((time.perf_counter() - start) * 1e6)
             else:
-                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
                 call()
                 events[0].record()
                 for _ in range(3):
@@ -241,7 +240,7 @@ def once(turn: Turn, out: Path, dry: bool) -> None:
     from pe_fx.compiled.lowering import single_read_gpu
 
     if not dry:
-        single_read_gpu.pays = lambda rows, width, height, weights, dtype: rows * width <= 16384  # measured where it is not used, too
+        single_read_gpu.pays = lambda device, rows, width, *_: rows * width <= 16384  # measured where it is not used, too
     torch._dynamo.config.recompile_limit = 1000
     device = "cpu" if dry else "cuda"
     dtype = torch.float32 if dry else torch.bfloat16
@@ -258,7 +257,7 @@ def once(turn: Turn, out: Path, dry: bool) -> None:
     def tied_gated(x: Any, gate: Any, up: Any, down: Any) -> Any:
         return linear(silu(linear(x, gate)) * linear(x, up), up.t())
 
-    functions = {"mlp": (dense_mlp, tied_mlp), "gated": (dense_gated, tied_gated)}
+    functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {"mlp": (dense_mlp, tied_mlp), "gated": (dense_gated, tied_gated)}
     measured = []
     sets_of = {}
     for layer in TINY if dry else LAYERS:
@@ -268,7 +267,8 @@ def once(turn: Turn, out: Path, dry: bool) -> None:
             if turn.time_left < 15:
                 break
             x = torch.randn(rows, layer.width, device=device, dtype=dtype)
-            ways = [("dense, inductor", dense, {"backend": "inductor"}), ("tied, inductor", tied, {"backend": "inductor"})]
+            ways: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [("dense, inductor", dense, {"backend": "inductor"})]
+            ways.append(("tied, inductor", tied, {"backend": "inductor"}))
             ways.append(("tied, single read", tied, {"backend": "pe_fx"}))
             if rows in layer.autotuned:
                 ways.append(("dense, max-autotune", dense, {"mode": "max-autotune-no-cudagraphs"}))
@@ -279,7 +279,7 @@ def once(turn: Turn, out: Path, dry: bool) -> None:
                     compiled: Any = torch.compile(function, dynamic=False, **how)
                     exact = function(x.double(), **{name: value.double() for name, value in sets[0].items()})
                     errors.append(((compiled(x, **sets[0]).double() - exact).norm() / exact.norm()).item())
-                    calls.append(graphed(lambda compiled=compiled, x=x, sets=sets: [compiled(x, **each) for each in sets], dry))
+                    calls.append(graphed(functools.partial(on_each, compiled, x, sets), dry))
                     titles.append(title)
             measured.append((layer, rows, titles, calls, errors, len(sets)))
     turn.wait()
@@ -297,6 +297,11 @@ def once(turn: Turn, out: Path, dry: bool) -> None:
             row = {"kind": layer.kind, "width": layer.width, "height": layer.height, "rows": rows, "dtype": str(dtype), "way": title}
             row |= {"us": f"{statistics.median(each) / count:.2f}", "faster_than_dense": f"{ratio:.3f}", "error": f"{error:.1e}"}
             append(out / "once.csv", row | made_by())
+
+
+def on_each(compiled: Callable[..., Any], x: Any, sets: Sequence[Mapping[str, Any]]) -> None:
+    for each in sets:
+        compiled(x, **each)
 
 
 def kernel_calls(layer: Layer, sets: Sequence[Mapping[str, Any]], x: Any, tuning: Any) -> Callable[[], None]:
@@ -335,9 +340,10 @@ def tunings(layer: Layer, rows: int) -> Iterator[Any]:
 
     size = power_of_two(layer.width) * (1 if layer.kind == "mlp" else 2)
     for elements, warps, stages, programs in itertools.product((4096, 8192, 16384, 32768), (4, 8, 16), (2, 3, 4), (1, 2, 4)):
-        if elements >= size and 16 <= elements // (warps * 32) <= 64 and programs * warps in (8, 16, 32):
-            if programs * stages * elements * 2 <= 200_000 and rows * size // (warps * 32) <= 64:
-                yield Tuning(elements // size, warps, stages, programs)
+        threads = warps * 32
+        fits = programs * stages * elements * 2 <= 200_000 and rows * size // threads <= 64
+        if fits and elements >= size and 16 <= elements // threads <= 64 and programs * warps in (8, 16, 32):
+            yield Tuning(elements // size, warps, stages, programs)
 
 
 def tune(part: int, turn: Turn, out: Path, dry: bool) -> None:
@@ -474,10 +480,8 @@ def check(options: argparse.Namespace, start: float) -> list[str]:
         other = torch.empty_like(big)
         square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
         (copy,), (product,) = (microseconds([call], False, 5) for call in (lambda: other.copy_(big), lambda: square @ square))
-        say(
-            start,
-            f"a copy moves {2 * 2**31 / statistics.median(copy) / 1e6:.2f} TB/s, a product makes {2 * 8192**3 / statistics.median(product) / 1e6:.0f} TFLOP/s",
-        )
+        bandwidth, rate = 2 * 2**31 / statistics.median(copy) / 1e6, 2 * 8192**3 / statistics.median(product) / 1e6
+        say(start, f"a copy moves {bandwidth:.2f} TB/s, a product makes {rate:.0f} TFLOP/s")
     return steps
 
 

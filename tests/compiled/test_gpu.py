@@ -1,4 +1,4 @@
-"""How networks are trained on a GPU: compiled, sharded or under autocast, it equals the eager model. `PE_FX_DEVICE=cuda pytest tests/test_gpu.py`."""
+"""As networks are trained on a GPU: what is compiled, sharded or under autocast equals the eager model."""
 
 from __future__ import annotations
 

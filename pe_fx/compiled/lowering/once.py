@@ -18,7 +18,6 @@ from pe_fx.tied.weight import Mix
 
 log = logging.getLogger(__name__)
 
-TURNS = {aten.permute.default, aten.t.default, aten.transpose.int}
 DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -88,14 +87,10 @@ def _firsts(hidden: fx.Node) -> Iterator[Product]:
 def _turned(node: fx.Node) -> tuple[fx.Node, bool]:
     """What the matrix is a view of, and whether it is its transpose."""
     turned = False
-    while node.target in TURNS:
-        swapped = node.target is aten.t.default or (
-            sorted(dim % 2 for dim in node.args[1:3]) == [0, 1]  # type: ignore[operator]
-            if node.target is aten.transpose.int
-            else [dim % 2 for dim in node.args[1]] == [1, 0]  # type: ignore[union-attr]
-        )
-        turned ^= swapped
-        node = node.args[0]  # type: ignore[assignment]
+    while node.target is aten.permute.default:
+        base, order = node.args
+        turned ^= order != [0, 1]  # type: ignore[assignment]
+        node = base  # type: ignore[assignment]
     return node, turned
 
 
@@ -115,10 +110,8 @@ def _back(matrix: fx.Node, firsts: list[Product], known: dict[str, Mix | None]) 
     base, turned = _turned(matrix)
     if not turned:
         return Back(weights[_uncast(base)]) if _uncast(base) in weights else None
-    base, gain = _uncast(base), None
-    size = list(base.meta["val"].shape)
-    if base.target is aten.mul.Tensor and isinstance(base.args[1], fx.Node) and list(base.args[1].meta["val"].shape) == [size[0], 1]:
-        base, gain = base.args  # type: ignore[assignment]
+    base = _uncast(base)
+    base, gain = _scaled(base)
     chain = _chain(base, set(weights))
     origins = {node for node in chain if node in weights}
     if len(origins) != 1:
@@ -130,6 +123,16 @@ def _back(matrix: fx.Node, firsts: list[Product], known: dict[str, Mix | None]) 
             known[text] = _mix(chain, origin)
     mix = known[text]
     return None if mix is None else Back(weights[origin], mix, gain)
+
+
+def _scaled(matrix: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """The matrix (d, h) before a learned factor for each output channel, and these, (d, 1)."""
+    if matrix.target is aten.mul.Tensor:
+        whole, factors = matrix.args
+        both = isinstance(whole, fx.Node) and isinstance(factors, fx.Node)
+        if both and list(factors.meta["val"].shape) == [whole.meta["val"].shape[0], 1]:  # type: ignore[union-attr]
+            return whole, factors  # type: ignore[return-value]
+    return matrix, None
 
 
 def _chain(node: fx.Node, weights: set[fx.Node]) -> list[fx.Node]:
@@ -191,7 +194,7 @@ def _rewrite(graph: fx.Graph, second: Product, firsts: list[Product], back: Back
     if not isinstance(rows, int) or any(weight.meta["val"].shape != shape for weight in weights):  # type: ignore[union-attr]
         raise NoUnit("the number of rows is dynamic, or its weights differ in shape")
     kernel = {"cpu": single_read_cpu, "cuda": single_read_gpu}.get(device.type)
-    if kernel is None or dtype not in DTYPES or not kernel.pays(rows, width, shape[0], len(weights), dtype):
+    if kernel is None or dtype not in DTYPES or not kernel.pays(device, rows, width, shape[0], len(weights), dtype):
         raise NoUnit(f"with {rows} rows of {dtype} on {device.type}, two products take no longer")
     unit, _ = unit_between({first.node: name for first, name in zip(firsts, "abcdefgh", strict=False)}, second.x, shape[0])
     negated = 0 if back.mix is None else shape[0] // 2

@@ -12,7 +12,7 @@ def single_read(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], n
     return plain(x, weights, biases, negated, unit, splits)
 
 
-def pays(rows: int, width: int, height: int, weights: int, dtype: torch.dtype) -> bool:
+def pays(device: torch.device, rows: int, width: int, height: int, weights: int, dtype: torch.dtype) -> bool:
     """Whether it is faster than two products."""
     return 0 < rows <= 4
 
