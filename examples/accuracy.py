@@ -361,8 +361,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.summary:
         from accuracy_summary import page, plot
+        from tables import rows_of
 
-        options.out.with_suffix(".md").write_text(page(read_rows(options.out)), encoding="utf-8")
+        scaled = rows_of(options.out.with_name("at_scale.csv"))
+        options.out.with_suffix(".md").write_text(page(read_rows(options.out), scaled), encoding="utf-8")
         plot(read_rows(options.out), options.out.with_suffix(".png"))
         return
     runs = [

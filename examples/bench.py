@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import transformers
-from bench_summary import COLUMNS, Row, page, read_rows, shown, write_rows
+from bench_summary import COLUMNS, Row, page, shown, write_rows
+from tables import rows_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -262,7 +263,8 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="write the page of what the CSV holds, beside it, and stop")
     options = parser.parse_args()
     if options.summary:
-        options.csv.with_suffix(".md").write_text(page(read_rows(options.csv)), encoding="utf-8")
+        once = rows_of(options.csv.with_name("once.csv"))
+        options.csv.with_suffix(".md").write_text(page(rows_of(options.csv), once), encoding="utf-8")
         return
     torch._inductor.config.force_disable_caches = True  # compile times are to be compared
     autocast = options.dtype == "bf16" or (options.dtype is None and options.device == "cuda")

@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tables import rows_of
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("tests", "bench", "once", "tune", "learn")
 NEEDED = {"tests": ("pytest", "xdist", "timm", "hypothesis"), "bench": ("timm", "transformers"), "learn": ("sklearn", "timm")}
@@ -436,13 +438,6 @@ def children_of(options: argparse.Namespace, work: Path, ready_by: float, learn_
         "tune": [Child(f"tune {part}", [*me, "--child", f"tune {part}"], interpreted) for part in parts],
         "learn": [Child("learn", learn, few)],
     }
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def outcomes(out: Path) -> None:

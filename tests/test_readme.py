@@ -109,7 +109,8 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pages_of_rows_are_written_by_their_scripts(script: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made by `python examples/SCRIPT.py --summary`, never by hand."""
     rows = tmp_path / f"{script}.csv"
-    rows.write_bytes((EXAMPLES / rows.name).read_bytes())
+    for beside in (rows.name, "once.csv", "at_scale.csv"):
+        (tmp_path / beside).write_bytes((EXAMPLES / beside).read_bytes())
     monkeypatch.setattr("sys.argv", [script, "--summary", option, str(rows)])
     importlib.import_module(script).main()
     assert rows.with_suffix(".md").read_text(encoding="utf-8") == (EXAMPLES / f"{script}.md").read_text(encoding="utf-8")
@@ -133,12 +134,12 @@ def test_rows_of_a_benchmark_take_the_place_of_older_ones(tmp_path: Path) -> Non
     path = tmp_path / "rows.csv"
     bench_summary.write_rows(path, [row("a", step="1.00"), row("b", step="0.90")])
     bench_summary.write_rows(path, [row("a", step="0.95", kernels="7"), row("a", step="1.00", device="CPU")])
-    rows = bench_summary.read_rows(path)
+    rows = bench_summary.rows_of(path)
     assert [(row["device"], row["model"], row["step"]) for row in rows] == [
         ("GPU", "a", "0.95"),
         ("GPU", "b", "0.90"),
         ("CPU", "a", "1.00"),
     ]
-    text = bench_summary.page(rows)
+    text = bench_summary.page(rows, [])
     assert "| model | batch | step | kernels |\n| --- | --- | --- | --- |\n| a | 8 | 0.95 | 7 |\n| b | 8 | 0.90 |  |\n" in text
     assert "| model | batch | step |\n| --- | --- | --- |\n| a | 8 | 1.00 |\n" in text
