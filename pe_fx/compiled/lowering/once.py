@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from pe_fx.tied.weight import Mix
 
 log = logging.getLogger(__name__)
 
+VIEWS = {aten.permute.default, CAST}
 DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -84,18 +85,17 @@ def _firsts(hidden: fx.Node) -> Iterator[Product]:
             yield product
 
 
-def _turned(node: fx.Node) -> tuple[fx.Node, bool]:
+def _turned(node: fx.Node, through: Set[Any] = frozenset({aten.permute.default})) -> tuple[fx.Node, bool]:
     """What the matrix is a view of, and whether it is its transpose."""
     turned = False
-    while node.target is aten.permute.default:
-        base, order = node.args
-        turned ^= order != [0, 1]  # type: ignore[assignment]
-        node = base  # type: ignore[assignment]
+    while node.target in through:
+        turned ^= node.target is aten.permute.default and node.args[1] != [0, 1]
+        node = _node(node.args[0])
     return node, turned
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    return node.args[0] if node.target is CAST else node  # type: ignore[return-value]
+    return _node(node.args[0]) if node.target is CAST else node
 
 
 def _weight(product: Product) -> fx.Node | None:
@@ -107,11 +107,11 @@ def _weight(product: Product) -> fx.Node | None:
 def _back(matrix: fx.Node, firsts: list[Product], known: dict[str, Mix | None]) -> Back | None:
     """How the matrix is made of a weight of `firsts`, where it is."""
     weights = {_uncast(weight): weight for weight in map(_weight, firsts) if weight is not None}
-    base, turned = _turned(matrix)
-    if not turned:
-        return Back(weights[_uncast(base)]) if _uncast(base) in weights else None
-    base = _uncast(base)
-    base, gain = _scaled(base)
+    base, turned = _turned(matrix, VIEWS)
+    base, gain = _scaled(base, turned)
+    base, again = _turned(base, VIEWS)
+    if turned == again:
+        return Back(weights[base], None, gain) if base in weights else None
     chain = _chain(base, set(weights))
     origins = {node for node in chain if node in weights}
     if len(origins) != 1:
@@ -125,14 +125,19 @@ def _back(matrix: fx.Node, firsts: list[Product], known: dict[str, Mix | None]) 
     return None if mix is None else Back(weights[origin], mix, gain)
 
 
-def _scaled(matrix: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """The matrix (d, h) before a learned factor for each output channel, and these, (d, 1)."""
-    if matrix.target is aten.mul.Tensor:
-        whole, factors = matrix.args
-        both = isinstance(whole, fx.Node) and isinstance(factors, fx.Node)
-        if both and list(factors.meta["val"].shape) == [whole.meta["val"].shape[0], 1]:  # type: ignore[union-attr]
-            return whole, factors  # type: ignore[return-value]
+def _scaled(matrix: fx.Node, turned: bool) -> tuple[fx.Node, fx.Node | None]:
+    """The matrix before a learned factor for each output channel, and the factors; `turned`: it is (d, h), else (h, d)."""
+    if matrix.target is aten.mul.Tensor and all(isinstance(arg, fx.Node) for arg in matrix.args):
+        whole, factors = (_node(arg) for arg in matrix.args)
+        channels = whole.meta["val"].shape[0 if turned else 1]
+        if list(factors.meta["val"].shape) in ([[channels, 1]] if turned else [[channels], [1, channels]]):
+            return whole, factors
     return matrix, None
+
+
+def _node(arg: Any) -> fx.Node:
+    assert isinstance(arg, fx.Node)
+    return arg
 
 
 def _chain(node: fx.Node, weights: set[fx.Node]) -> list[fx.Node]:
@@ -218,7 +223,7 @@ def _rewrite(graph: fx.Graph, second: Product, firsts: list[Product], back: Back
 
 def _plain(x: fx.Node) -> fx.Node:
     """What rows are a view of: gated layers may each have their own."""
-    return x.args[0] if x.target in (aten.view.default, aten.reshape.default) else x  # type: ignore[return-value]
+    return _node(x.args[0]) if x.target in (aten.view.default, aten.reshape.default) else x
 
 
 def _mixed(call: Any, total: fx.Node, hands: int, device: torch.device) -> fx.Node:
