@@ -1,11 +1,200 @@
-"""The single-read operation in C++ with OpenMP, by the compiler that Inductor uses."""
+"""The single-read operation in C++ with OpenMP, by the compiler that Inductor uses on the CPU.
+
+Each thread takes its share of the hidden units, a few at a time: it multiplies their rows of W by x, applies the unit, and adds the
+same rows, still in its cache, to its own sum in float32. The sums are then added in the order of the threads.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
+
+from pe_fx.lowering.unit import source
+
+TYPES = {torch.float32: "float", torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
+MOST_ROWS = 32
+"""Of more, PyTorch's matrix products are faster by far; each number of rows is compiled apart."""
+
+HEADER = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+
+using Weight = {weight};
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t rows = {rows}, lanes = Vec::size();
+constexpr int64_t tile = lanes >= 16 ? 4 : 2;  // rows of x at a time
+constexpr int64_t block = rows < tile ? 8 : 4;  // hidden units at a time: sums for tile * block of both stay in registers
+"""
+
+FUNCTIONS = """
+constexpr int64_t taken_from(int64_t from) { return rows - from < tile ? rows - from : tile; }
+
+static inline Vec load(const float* from) { return Vec::loadu(from); }
+static inline Vec load(const at::BFloat16* from) { Vec to; at::vec::load_fp32_from_bf16(from, to); return to; }
+static inline Vec load(const at::Half* from) { Vec to; at::vec::load_fp32_from_fp16(from, to); return to; }
+
+// Asks for what lies `ahead`, once for each line of the cache. With many rows of x, memory is not what takes the time.
+static inline void ask(const Weight* weight, int64_t ahead, int64_t column) {
+    if (rows <= tile && column * sizeof(Weight) % 64 == 0) __builtin_prefetch(weight + ahead + column, 0, 2);
+}
+
+// Products of the hidden units' rows of W with the rows of x.
+template <int64_t units, int64_t from = 0>
+static inline void read(const Weight* weight, const float* x, float* value, int64_t width) {
+    constexpr int64_t taken = taken_from(from);
+    const int64_t whole = width / lanes * lanes;
+    Vec sums[units][taken];
+    #pragma GCC unroll 32
+    for (int64_t i = 0; i < units * taken; i++) sums[i / taken][i % taken] = Vec(0);
+    for (int64_t column = 0; column < whole; column += lanes) {
+        Vec given[taken];
+        #pragma GCC unroll 32
+        for (int64_t row = 0; row < taken; row++) given[row] = Vec::loadu(x + (from + row) * width + column);
+        #pragma GCC unroll 32
+        for (int64_t unit = 0; unit < units; unit++) {
+            const Vec weights = load(weight + unit * width + column);
+            if (unit >= units / 2) ask(weight, (units + unit) * width, column);
+            #pragma GCC unroll 32
+            for (int64_t row = 0; row < taken; row++) sums[unit][row] = at::vec::fmadd(weights, given[row], sums[unit][row]);
+        }
+    }
+    #pragma GCC unroll 32
+    for (int64_t i = 0; i < units * taken; i++) {
+        const int64_t unit = i / taken, row = i % taken;
+        float sum = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sums[unit][row]);
+        for (int64_t column = whole; column < width; column++)
+            sum += static_cast<float>(weight[unit * width + column]) * x[(from + row) * width + column];
+        value[unit * rows + from + row] = sum;
+    }
+    if constexpr (from + taken < rows) read<units, from + taken>(weight, x, value, width);
+}
+
+// Adds the same rows of W, times the hidden units' results.
+template <int64_t units, int64_t from = 0>
+static inline void write(const Weight* weight, const float* hidden, float* total, int64_t width) {
+    constexpr int64_t taken = taken_from(from);
+    const int64_t whole = width / lanes * lanes;
+    Vec factor[units][taken];
+    #pragma GCC unroll 32
+    for (int64_t i = 0; i < units * taken; i++) factor[i / taken][i % taken] = Vec(hidden[i / taken * rows + from + i % taken]);
+    for (int64_t column = 0; column < whole; column += lanes) {
+        Vec sums[taken];
+        #pragma GCC unroll 32
+        for (int64_t row = 0; row < taken; row++) sums[row] = Vec::loadu(total + (from + row) * width + column);
+        #pragma GCC unroll 32
+        for (int64_t unit = 0; unit < units; unit++) {
+            const Vec weights = load(weight + unit * width + column);
+            if (unit < units / 2) ask(weight, (units + unit) * width, column);
+            #pragma GCC unroll 32
+            for (int64_t row = 0; row < taken; row++) sums[row] = at::vec::fmadd(factor[unit][row], weights, sums[row]);
+        }
+        #pragma GCC unroll 32
+        for (int64_t row = 0; row < taken; row++) sums[row].store(total + (from + row) * width + column);
+    }
+    for (int64_t unit = 0; unit < units; unit++)
+        for (int64_t row = from; row < from + taken; row++)
+            for (int64_t column = whole; column < width; column++)
+                total[row * width + column] += hidden[unit * rows + row] * static_cast<float>(weight[unit * width + column]);
+    if constexpr (from + taken < rows) write<units, from + taken>(weight, hidden, total, width);
+}
+
+// Multiplies or adds a number for each hidden unit.
+template <int64_t units, typename Operation>
+static inline void each(float* value, const Weight* number, Operation operation) {
+    for (int64_t unit = 0; unit < units; unit++)
+        for (int64_t row = 0; row < rows; row++)
+            value[unit * rows + row] = operation(value[unit * rows + row], static_cast<float>(number[unit]));
+}
+"""
+
+STEP = """
+template <int64_t units>
+static inline void step(const float* x, {pointers}, float* total, int64_t width, int64_t first) {{
+    constexpr int64_t padded = (units * rows + lanes - 1) / lanes * lanes;
+    float value[{weights}][padded] = {{}}, hidden[padded];
+{values}
+    for (int64_t place = 0; place < padded; place += lanes) {{
+{unit}
+    }}
+{signs}
+    write<units>({last} + first * width, hidden, total, width);
+}}
+
+extern "C" void kernel(
+    const float* x, {pointers}, float* totals, float* out, int64_t height, int64_t width, int64_t splits, int64_t threads) {{
+    const int64_t size = rows * width;
+    #pragma omp parallel num_threads(threads)
+    {{
+        const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+        float* total = totals + thread * size;
+        std::fill(total, total + size, 0.0f);
+        const int64_t end = height * (thread + 1) / team;
+        int64_t first = height * thread / team;
+        for (; first + block <= end; first += block) step<block>(x, {names}, total, width, first);
+        for (; first < end; first++) step<1>(x, {names}, total, width, first);
+        #pragma omp barrier
+        #pragma omp for
+        for (int64_t place = 0; place < size; place++) {{
+            float sum = totals[place];
+            for (int64_t other = 1; other < team; other++) sum += totals[other * size + place];
+            out[place] = sum;
+        }}
+    }}
+    std::fill(out + size, out + splits * size, 0.0f);
+}}
+"""
 
 
 def single_read(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], signs: Tensor | None, unit: str, splits: int) -> Tensor:
     from pe_fx.lowering.single_read import plain
 
-    return plain(x, weights, biases, signs, unit, splits)
+    (rows, width), height = x.shape, weights[-1].shape[0]
+    numbers = [each for each in (*biases, signs) if each is not None]
+    tensors = [*weights, *numbers]
+    alike = all(each.dtype == x.dtype for each in tensors)
+    shaped = all(each.shape == (height, width) for each in weights) and all(each.shape == (height,) for each in numbers)
+    if not (x.dtype in TYPES and alike and shaped and 0 < rows <= MOST_ROWS):
+        return plain(x, weights, biases, signs, unit, splits)
+    kernel = compiled(unit, x.dtype, rows, len(weights), (*(bias is not None for bias in biases), signs is not None))
+    threads = torch.get_num_threads()
+    totals, out = x.new_empty((threads, rows, width), dtype=torch.float32), x.new_empty((splits, rows, width), dtype=torch.float32)
+    kernel(x.float().contiguous(), *(each.contiguous() for each in tensors), totals, out, height, width, splits, threads)
+    return out
+
+
+@functools.cache
+def compiled(unit: str, dtype: torch.dtype, rows: int, weights: int, given: tuple[bool, ...]) -> Callable[..., None]:
+    """The kernel, a function of tensors and numbers."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    tensors = weights + sum(given)
+    types = ["const float*", *[f"const {TYPES[dtype]}*"] * tensors, "float*", "float*", *["int64_t"] * 4]
+    kernel: Callable[..., None] = CppPythonBindingsCodeCache.load_pybinding(types, kernel_source(unit, dtype, rows, weights, given))
+    return kernel
+
+
+def kernel_source(unit: str, dtype: torch.dtype, rows: int, weights: int, given: tuple[bool, ...]) -> str:
+    """`given`: which weights have a bias, and whether there are signs."""
+    *biased, signed = given
+    names = [f"w{i}" for i in range(weights)] + [f"bias{i}" for i in range(weights) if biased[i]] + ["signs"] * signed
+    values, lines = [], []
+    for i in range(weights):
+        values.append(f"    read<units>(w{i} + first * width, x, value[{i}], width);")
+        if biased[i]:
+            values.append(f"    each<units>(value[{i}], bias{i} + first, std::plus<float>());")
+        lines.append(f"        const Vec {'abcdefgh'[i]} = Vec::loadu(value[{i}] + place);")
+    for name, expression in source(unit, "cpp"):
+        lines.append(f"        const Vec {name} = {expression};")
+    lines.append(f"        {name}.store(hidden + place);")
+    step = STEP.format(
+        pointers=", ".join(f"const Weight* {name}" for name in names),
+        names=", ".join(names),
+        weights=weights,
+        values="\n".join(values),
+        unit="\n".join(lines),
+        signs="    each<units>(hidden, signs + first, std::multiplies<float>());" * signed,
+        last=f"w{weights - 1}",
+    )
+    return HEADER.format(weight=TYPES[dtype], rows=rows) + FUNCTIONS + step
