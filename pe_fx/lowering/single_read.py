@@ -6,6 +6,8 @@ products read them twice. One operation computes both: `pe_fx::single_read`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -39,11 +41,17 @@ def plain(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], signs: 
     return torch.cat([whole[None], whole.new_zeros(splits - 1, *whole.shape)])
 
 
-@torch.library.register_fake(NAME)
 def fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], signs: Tensor | None, unit: str, splits: int) -> Tensor:
     return x.new_empty((splits, *x.shape), dtype=torch.float32)
 
 
+def no_gradient(ctx: Any, gradient: Tensor) -> None:
+    """Without this, PyTorch would warn and go on with no gradient."""
+    raise NotImplementedError(f"{NAME} has no gradient")
+
+
+torch.library.register_fake(NAME, fake)
+torch.library.register_autograd(NAME, no_gradient)
 torch.library.impl(NAME, "CompositeExplicitAutograd", plain)
 torch.library.impl(NAME, "CPU", single_read_cpu.single_read)
 torch.library.impl(NAME, "CUDA", single_read_gpu.single_read)

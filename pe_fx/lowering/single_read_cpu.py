@@ -25,7 +25,7 @@ using Weight = {weight};
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t rows = {rows}, lanes = Vec::size();
 constexpr int64_t tile = lanes >= 16 ? 4 : 2;  // rows of x at a time
-constexpr int64_t block = rows < tile ? 8 : 4;  // hidden units at a time: sums for tile * block of both stay in registers
+constexpr int64_t block = rows < tile ? 4 * tile / rows : 4;  // hidden units at a time: sums for all of both stay in registers
 """
 
 FUNCTIONS = """

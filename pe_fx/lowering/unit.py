@@ -72,7 +72,7 @@ VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, ate
 LINE = re.compile(r"t(\d+)=(\w+)\(([\w.,+-]+)\)")
 
 
-class NoUnit(Exception):
+class NoUnit(Exception):  # noqa: N818
     """What lies between two matrix products is more than elementwise functions of the first's results."""
 
 
@@ -111,7 +111,7 @@ def unit_between(products: Mapping[fx.Node, str], result: fx.Node, width: int) -
     def made(node: fx.Node) -> str:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
             raise NoUnit(f"{node} is no value of theirs")
-        if node.target is aten.full.default and list(node.args[0]) == [] or node.target is aten.scalar_tensor.default:  # type: ignore[arg-type]
+        if (node.target is aten.full.default and list(node.args[0]) == []) or node.target is aten.scalar_tensor.default:  # type: ignore[arg-type]
             return value(node.args[-1])
         shape = node.meta["val"].shape
         if not shape or shape[-1] != width or node.meta["val"].numel() != numel:
@@ -120,6 +120,8 @@ def unit_between(products: Mapping[fx.Node, str], result: fx.Node, width: int) -
             return number(node.args[0])
         if node.target is aten.relu.default:
             return call("maximum", value(node.args[0]), "0.0")
+        if node.target is aten.reciprocal.default:
+            return call("div", "1.0", value(node.args[0]))
         if node.target is aten.pow.Tensor_Scalar and node.args[1] in (2, 3):
             base = value(node.args[0])
             square = call("mul", base, base)
@@ -137,7 +139,7 @@ def unit_between(products: Mapping[fx.Node, str], result: fx.Node, width: int) -
         escaping = [user for user in node.users if user not in inside]
         if escaping and node is not result:
             raise NoUnit(f"{node} is read by {escaping[0]}, too")
-    if lines and last != f"t{len(lines) - 1}" or not lines:
+    if (lines and last != f"t{len(lines) - 1}") or not lines:
         call("mul", last, "1.0")
     return ";".join(lines), inside
 
