@@ -68,7 +68,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(width=st.integers(0, 100), height=st.integers(0, 60), splits=st.integers(1, 3), count=st.integers(1, 2), turned=st.booleans())
+@given(width=st.integers(0, 100), height=st.integers(0, 300), splits=st.integers(1, 3), count=st.integers(1, 2), turned=st.booleans())
 def test_against_float64(
     threads: None, dtype: torch.dtype, rows: int, width: int, height: int, splits: int, count: int, turned: bool
 ) -> None:
@@ -83,8 +83,11 @@ def test_against_float64(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_weights(dtype: torch.dtype) -> None:
-    x, weights, bias, _ = drawn(3, 50, 41, 2, dtype)
+@pytest.mark.parametrize("turned", [0, 1, 2])
+def test_two_weights(dtype: torch.dtype, turned: int) -> None:
+    """As many of them are stored the other way round."""
+    x, weights, bias, _ = drawn(3, 50, 241, 2, dtype)
+    weights = [weight.t().contiguous().t() if i < turned else weight for i, weight in enumerate(weights)]
     close(
         single_read(x, weights, [None, bias], None, SWIGLU, 1)[0],
         exact(x, weights, [None, bias], None, lambda a, b: functional.silu(a) * b),
