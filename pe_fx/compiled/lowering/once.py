@@ -89,7 +89,7 @@ def _turned(node: fx.Node, through: Set[Any] = frozenset({aten.permute.default})
     """What the matrix is a view of, and whether it is its transpose."""
     turned = False
     while node.target in through:
-        turned ^= node.target is aten.permute.default and node.args[1] != [0, 1]
+        turned ^= bool(node.target is aten.permute.default and node.args[1] != [0, 1])
         node = _node(node.args[0])
     return node, turned
 
@@ -198,6 +198,8 @@ def _rewrite(graph: fx.Graph, second: Product, firsts: list[Product], back: Back
     shape, dtype, device = back.weight.meta["val"].shape, x.meta["val"].dtype, x.meta["val"].device
     if not isinstance(rows, int) or any(weight.meta["val"].shape != shape for weight in weights):  # type: ignore[union-attr]
         raise NoUnit("the number of rows is dynamic, or its weights differ in shape")
+    if not all(weight.meta["val"].is_contiguous() for weight in weights):  # type: ignore[union-attr]
+        raise NoUnit("a weight is stored the other way round")
     kernel = {"cpu": single_read_cpu, "cuda": single_read_gpu}.get(device.type)
     if kernel is None or dtype not in DTYPES or not kernel.pays(device, rows, width, shape[0], len(weights), dtype):
         raise NoUnit(f"with {rows} rows of {dtype} on {device.type}, two products take no longer")

@@ -17,7 +17,7 @@ from pe_fx.compiled.lowering.nodes import CAST, aten
 
 
 class Function(NamedTuple):
-    """An elementwise function: the call in PyTorch, in Triton and in C++."""
+    """An elementwise function: the call in PyTorch, in Triton and in C++, there of vectors `Vec` as PyTorch's own functions are."""
 
     torch: Callable[..., Any]
     triton: str
@@ -33,28 +33,32 @@ FUNCTIONS: Mapping[str, Function] = {
     "sub": _same(torch.sub, "{} - {}"),
     "mul": _same(torch.mul, "{} * {}"),
     "div": _same(torch.div, "{} / {}"),
-    "neg": _same(torch.neg, "-{}"),
+    "neg": Function(torch.neg, "-{}", "{}.neg()"),
     "gt": _same(torch.gt, "{} > {}"),
     "lt": _same(torch.lt, "{} < {}"),
     "ge": _same(torch.ge, "{} >= {}"),
     "le": _same(torch.le, "{} <= {}"),
-    "where": Function(torch.where, "tl.where({}, {}, {})", "{} ? {} : {}"),
-    # of a NaN, PyTorch's clamps make a NaN
-    "maximum": Function(torch.clamp_min, "tl.maximum({}, {}, tl.PropagateNan.ALL)", "{0} < {1} ? {1} : {0}"),
-    "minimum": Function(torch.clamp_max, "tl.minimum({}, {}, tl.PropagateNan.ALL)", "{0} > {1} ? {1} : {0}"),
-    "abs": Function(torch.abs, "tl.abs({})", "std::fabs({})"),
-    "exp": Function(torch.exp, "tl.exp({})", "std::exp({})"),
-    "expm1": Function(torch.expm1, "pe_expm1({})", "std::expm1({})"),
-    "log1p": Function(torch.log1p, "pe_log1p({})", "std::log1p({})"),
-    "sqrt": Function(torch.sqrt, "tl.sqrt({})", "std::sqrt({})"),
-    "erf": Function(torch.erf, "tl.erf({})", "std::erf({})"),
-    "sigmoid": Function(torch.sigmoid, "tl.sigmoid({})", "1.0f / (1.0f + std::exp(-{}))"),
-    "tanh": Function(torch.tanh, "2 * tl.sigmoid(2 * {}) - 1", "std::tanh({})"),
+    "where": Function(torch.where, "tl.where({}, {}, {})", "Vec::blendv({2}, {1}, {0})"),
+    # of a NaN, all three make a NaN
+    "maximum": Function(torch.maximum, "tl.maximum({}, {}, tl.PropagateNan.ALL)", "at::vec::maximum({}, {})"),
+    "minimum": Function(torch.minimum, "tl.minimum({}, {}, tl.PropagateNan.ALL)", "at::vec::minimum({}, {})"),
+    "abs": Function(torch.abs, "tl.abs({})", "{}.abs()"),
+    "exp": Function(torch.exp, "tl.exp({})", "{}.exp()"),
+    "expm1": Function(torch.expm1, "pe_expm1({})", "{}.expm1()"),
+    "log1p": Function(torch.log1p, "pe_log1p({})", "{}.log1p()"),
+    "sqrt": Function(torch.sqrt, "tl.sqrt({})", "{}.sqrt()"),
+    "erf": Function(torch.erf, "tl.erf({})", "{}.erf()"),
+    "sigmoid": Function(torch.sigmoid, "tl.sigmoid({})", "Vec(1) / (Vec(1) + {}.neg().exp())"),
+    "tanh": Function(torch.tanh, "2 * tl.sigmoid(2 * {}) - 1", "{}.tanh()"),
 }
+
+COMPARISONS = ("gt", "lt", "ge", "le")
+ONLY_TENSORS = ("where", "maximum", "minimum")
+"""Functions that PyTorch has of tensors only."""
 
 ATEN: Mapping[Any, str] = {
     **{getattr(aten, name).Tensor: name for name in ("add", "sub", "mul", "div")},
-    **{getattr(aten, name).Scalar: name for name in ("gt", "lt", "ge", "le")},
+    **{getattr(getattr(aten, name), of): name for name in COMPARISONS for of in ("Tensor", "Scalar")},
     **{getattr(aten, name).default: name for name in ("neg", "abs", "exp", "expm1", "log1p", "sqrt", "erf", "sigmoid", "tanh")},
     aten.where.self: "where",
     aten.maximum.default: "maximum",
@@ -68,7 +72,7 @@ VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, ate
 LINE = re.compile(r"t(\d+)=(\w+)\(([\w.,+-]+)\)")
 
 
-class NoUnit(Exception):
+class NoUnit(Exception):  # noqa: N818
     """What lies between two matrix products is more than elementwise functions of the first's results."""
 
 
@@ -95,6 +99,11 @@ def unit_between(products: Mapping[fx.Node, str], result: fx.Node, width: int) -
             inside.add(arg)
         return names[arg]
 
+    def number(arg: Any) -> str:
+        """The value; of a comparison 1 or 0."""
+        truth = isinstance(arg, fx.Node) and arg.meta["val"].dtype is torch.bool
+        return call("where", value(arg), "1.0", "0.0") if truth else value(arg)
+
     def call(name: str, *args: str) -> str:
         lines.append(f"t{len(lines)}={name}({','.join(args)})")
         return f"t{len(lines) - 1}"
@@ -108,18 +117,24 @@ def unit_between(products: Mapping[fx.Node, str], result: fx.Node, width: int) -
         if not shape or shape[-1] != width or node.meta["val"].numel() != numel:
             raise NoUnit(f"{node} is of another shape, {tuple(shape)}")
         if node.target in VIEWS or (node.target is CAST and node.args[1].is_floating_point):  # type: ignore[union-attr]
-            return value(node.args[0])
+            return number(node.args[0])
         if node.target is aten.relu.default:
             return call("maximum", value(node.args[0]), "0.0")
+        if node.target is aten.reciprocal.default:
+            return call("div", "1.0", value(node.args[0]))
         if node.target is aten.pow.Tensor_Scalar and node.args[1] in (2, 3):
             base = value(node.args[0])
             square = call("mul", base, base)
             return square if node.args[1] == 2 else call("mul", square, base)
         if node.target not in ATEN or node.kwargs:
             raise NoUnit(f"{node.target} is not among the functions")
-        return call(ATEN[node.target], *map(value, node.args))
+        name = ATEN[node.target]
+        if name not in COMPARISONS and not node.meta["val"].is_floating_point():
+            raise NoUnit(f"{node} is no floating-point number")
+        given = list(map(number, node.args[name == "where" :]))
+        return call(name, *([value(node.args[0])] if name == "where" else []), *given)
 
-    last = value(result)
+    last = number(result)
     for node in (*products, *inside):
         escaping = [user for user in node.users if user not in inside]
         if escaping and node is not result:
@@ -163,13 +178,8 @@ def evaluate(unit: str, values: Sequence[Tensor]) -> Tensor:
     name = ""
     for name, function, args in lines_of(unit):
         given = [names[arg] if arg in names else float(arg) for arg in args]
-        if function == "where":
-            given = [given[0], *(torch.as_tensor(each, dtype=values[0].dtype, device=values[0].device) for each in given[1:])]
-        elif function in ("maximum", "minimum") and isinstance(given[1], Tensor):
-            names[name] = getattr(torch, function)(*given)
-            continue
-        elif not isinstance(given[0], Tensor):
-            given[0] = torch.as_tensor(given[0], dtype=values[0].dtype, device=values[0].device)
+        if not isinstance(given[0], Tensor) or function in ONLY_TENSORS:
+            given = [each if isinstance(each, Tensor) else values[0].new_full((), each) for each in given]
         names[name] = FUNCTIONS[function].torch(*given)
     result: Tensor = names[name]
     return result
@@ -185,7 +195,6 @@ def source(unit: str, language: str, suffix: str = "") -> list[tuple[str, str]]:
     def written(arg: str) -> str:
         if arg[0].isalpha():
             return arg + suffix
-        number = f"{arg}f" if language == "cpp" else arg
-        return f"({number})" if arg.startswith("-") else number
+        return f"Vec({arg}f)" if language == "cpp" else f"({arg})" if arg.startswith("-") else arg
 
     return [(name + suffix, getattr(FUNCTIONS[function], language).format(*map(written, args))) for name, function, args in lines_of(unit)]
