@@ -48,27 +48,6 @@ MLP = "t0=mul(a,0.5);t1=mul(a,0.7071067811865476);t2=erf(t1);t3=add(t2,1.0);t4=m
 GATED = "t0=neg(a);t1=exp(t0);t2=add(t1,1.0);t3=div(a,t2);t4=mul(t3,b)"
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A feed-forward layer, by its sizes; the rows with which it is measured, and those with which everything is tried."""
-
-    kind: str
-    width: int
-    height: int
-    rows: tuple[int, ...]
-    autotuned: tuple[int, ...] = ()
-
-
-LAYERS = (
-    Layer("mlp", 4096, 16384, (1, 2, 4, 8, 16, 32), (1, 4)),
-    Layer("gated", 4096, 11008, (1, 2, 4), (1,)),
-    Layer("mlp", 1024, 4096, (1, 2, 4, 8)),
-    Layer("mlp", 768, 3072, (1, 4, 8)),
-    Layer("mlp", 2048, 8192, (1, 2, 4)),
-)
-TINY = (Layer("mlp", 48, 96, (1, 2)), Layer("gated", 48, 64, (1,)))
-
-
 # ------------------------------------------------------------------------------------------------------------------ in children
 
 
@@ -175,138 +154,32 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
         append(out / "bench.csv", row)
 
 
-def graphed(call: Callable[[], Any], dry: bool) -> Callable[[], Any]:
-    """The call as a CUDA graph, which keeps alive what the call reads."""
-    import torch
-
-    call()
-    if dry:
-        return call
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return lambda held=call: graph.replay()  # type: ignore[misc]
-
-
-def microseconds(calls: Sequence[Callable[[], Any]], dry: bool, rounds: int = 25) -> list[list[float]]:
-    """Of each call, in turns."""
-    import torch
-
-    found: list[list[float]] = [[] for _ in calls]
-    for _ in range(2 if dry else rounds):
-        for times, call in zip(found, calls, strict=True):
-            if dry:
-                start = time.perf_counter()
-                call()
-                times.append((time.perf_counter() - start) * 1e6)
-            else:
-                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-                call()
-                events[0].record()
-                for _ in range(3):
-                    call()
-                events[1].record()
-                torch.cuda.synchronize()
-                times.append(events[0].elapsed_time(events[1]) * 1000 / 3)
-    return found
-
-
-def weights_of(layer: Layer, device: str, dtype: Any, dry: bool) -> list[dict[str, Any]]:
-    """So many sets of weights that together they do not fit the GPU's cache."""
-    import torch
-
-    sets = 1 if dry else max(2, 300_000_000 // (layer.height * layer.width * 4))
-    names = ["up"] if layer.kind == "mlp" else ["gate", "up"]
-
-    def made() -> dict[str, Any]:
-        made = {name: torch.randn(layer.height, layer.width, device=device, dtype=dtype) / layer.width**0.5 for name in names}
-        made["down"] = torch.randn(layer.width, layer.height, device=device, dtype=dtype) / layer.height**0.5
-        if layer.kind == "mlp":
-            made["bias"] = torch.randn(layer.height, device=device, dtype=dtype)
-            made["last"] = torch.randn(layer.width, device=device, dtype=dtype)
-        return made
-
-    return [made() for _ in range(sets)]
-
-
 def once(turn: Turn, out: Path, dry: bool) -> None:
-    """Each layer as dense, tied with two reads, and tied with one."""
+    """Each layer as dense, tied with two reads, and tied with one; and the kernel alone with the best tuning of those tried."""
     import torch
-    from torch.nn.functional import gelu, linear, silu
+    from bench_once import DECODERS, LAYERS, TINY, TINY_DECODERS, append, case, decoding, graphed, weights_of
 
     from pe_fx.compiled.lowering import single_read_gpu
 
     if not dry:
         single_read_gpu.pays = lambda device, rows, width, *_: rows * width <= 16384  # measured where it is not used, too
-    torch._dynamo.config.recompile_limit = 1000
-    device = "cpu" if dry else "cuda"
-    dtype = torch.float32 if dry else torch.bfloat16
-
-    def dense_mlp(x: Any, up: Any, bias: Any, down: Any, last: Any) -> Any:
-        return linear(gelu(linear(x, up, bias)), down, last)
-
-    def tied_mlp(x: Any, up: Any, bias: Any, down: Any, last: Any) -> Any:
-        return linear(gelu(linear(x, up, bias)), up.t(), last)
-
-    def dense_gated(x: Any, gate: Any, up: Any, down: Any) -> Any:
-        return linear(silu(linear(x, gate)) * linear(x, up), down)
-
-    def tied_gated(x: Any, gate: Any, up: Any, down: Any) -> Any:
-        return linear(silu(linear(x, gate)) * linear(x, up), up.t())
-
-    functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {"mlp": (dense_mlp, tied_mlp), "gated": (dense_gated, tied_gated)}
-    measured = []
-    sets_of = {}
+    device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
+    cases = []
     for layer in TINY if dry else LAYERS:
-        dense, tied = functions[layer.kind]
-        sets = sets_of[layer] = weights_of(layer, device, dtype, dry)
-        for rows in layer.rows:
-            if turn.time_left < 15:
-                break
-            x = torch.randn(rows, layer.width, device=device, dtype=dtype)
-            ways: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [("dense, inductor", dense, {"backend": "inductor"})]
-            ways.append(("tied, inductor", tied, {"backend": "inductor"}))
-            ways.append(("tied, single read", tied, {"backend": "pe_fx"}))
-            if rows in layer.autotuned:
-                ways.append(("dense, max-autotune", dense, {"mode": "max-autotune-no-cudagraphs"}))
-            titles, calls, errors = [], [], []
-            with torch.no_grad():
-                for title, function, how in ways:
-                    torch.compiler.reset()
-                    compiled: Any = torch.compile(function, dynamic=False, **how)
-                    exact = function(x.double(), **{name: value.double() for name, value in sets[0].items()})
-                    errors.append(((compiled(x, **sets[0]).double() - exact).norm() / exact.norm()).item())
-                    calls.append(graphed(functools.partial(on_each, compiled, x, sets), dry))
-                    titles.append(title)
-            measured.append((layer, rows, titles, calls, errors, len(sets)))
+        sets = weights_of(layer, device, dtype)
+        cases += [case(layer, rows, dtype, sets) for rows in layer.rows if turn.time_left > 15]
     turn.wait()
     best = best_tunings(out)
-    for layer, rows, titles, calls, errors, count in measured:
-        if (tuning := best.get((layer, rows))) is not None:
-            titles.append("kernel, best tuning")
-            errors.append(float("nan"))
-            calls.append(
-                graphed(kernel_calls(layer, sets_of[layer], torch.randn(rows, layer.width, device=device, dtype=dtype), tuning), dry)
-            )
-        times = microseconds(calls, dry)
-        for title, each, error in zip(titles, times, errors, strict=True):
-            ratio = statistics.median(a / b for a, b in zip(times[0], each, strict=True))
-            row = {"kind": layer.kind, "width": layer.width, "height": layer.height, "rows": rows, "dtype": str(dtype), "way": title}
-            row |= {"us": f"{statistics.median(each) / count:.2f}", "faster_than_dense": f"{ratio:.3f}", "error": f"{error:.1e}"}
-            append(out / "once.csv", row | made_by())
+    for each in cases:
+        if (tuning := best.get((each.layer, each.rows))) is not None:
+            x = torch.randn(each.rows, each.layer.width, device=device, dtype=dtype)
+            each.calls["kernel, best tuning"] = graphed(kernel_calls(each.layer, each.sets, x, tuning), not dry)
+        append(out / "once.csv", each.measured(2 if dry else 25))
+    for name, sizes in (TINY_DECODERS if dry else DECODERS).items():
+        append(out / "once.csv", decoding(name, sizes, device, dtype, 2 if dry else 25))
 
 
-def on_each(compiled: Callable[..., Any], x: Any, sets: Sequence[Mapping[str, Any]]) -> None:
-    for each in sets:
-        compiled(x, **each)
-
-
-def kernel_calls(layer: Layer, sets: Sequence[Mapping[str, Any]], x: Any, tuning: Any) -> Callable[[], None]:
+def kernel_calls(layer: Any, sets: Sequence[Mapping[str, Any]], x: Any, tuning: Any) -> Callable[[], None]:
     """The kernel alone, on each set of weights in turn; what its programs found is not added up."""
     import torch
 
@@ -323,11 +196,13 @@ def kernel_calls(layer: Layer, sets: Sequence[Mapping[str, Any]], x: Any, tuning
     return call
 
 
-def best_tunings(out: Path) -> dict[tuple[Layer, int], Any]:
+def best_tunings(out: Path) -> dict[tuple[Any, int], Any]:
     """Of what `tune` has measured."""
+    from bench_once import LAYERS, TINY
+
     from pe_fx.compiled.lowering.single_read_gpu import Tuning
 
-    best: dict[tuple[Layer, int], tuple[float, Any]] = {}
+    best: dict[tuple[Any, int], tuple[float, Any]] = {}
     for row in rows_of(out / "tune.csv"):
         for layer in (*LAYERS, *TINY):
             if (layer.kind, str(layer.width), str(layer.height)) == (row["kind"], row["width"], row["height"]):
@@ -337,7 +212,7 @@ def best_tunings(out: Path) -> dict[tuple[Layer, int], Any]:
     return {key: tuning for key, (_, tuning) in best.items()}
 
 
-def tunings(layer: Layer, rows: int) -> Iterator[Any]:
+def tunings(layer: Any, rows: int) -> Iterator[Any]:
     from pe_fx.compiled.lowering.single_read_gpu import Tuning, power_of_two
 
     size = power_of_two(layer.width) * (1 if layer.kind == "mlp" else 2)
@@ -351,6 +226,7 @@ def tunings(layer: Layer, rows: int) -> Iterator[Any]:
 def tune(part: int, turn: Turn, out: Path, dry: bool) -> None:
     """The kernel alone, with every tuning there is time for."""
     import torch
+    from bench_once import LAYERS, TINY, graphed, microseconds, weights_of
 
     from pe_fx.compiled.lowering.single_read_gpu import Tuning
 
@@ -361,20 +237,20 @@ def tune(part: int, turn: Turn, out: Path, dry: bool) -> None:
     todo.sort(key=lambda pair: (pair[1] > 1, pair[1], layers.index(pair[0])))
     measured = []
     for layer, rows in todo[part :: 1 if dry else TUNERS]:
-        sets = weights_of(layer, device, dtype, dry)
+        sets = weights_of(layer, device, dtype)
         x = torch.randn(rows, layer.width, device=device, dtype=dtype)
         found = []
         for tuning in [Tuning(2, 4, 2, 2)] if dry else list(tunings(layer, rows))[:: 1 if rows == 1 and layer.width == 4096 else 4]:
             if turn.time_left < 5:
                 break
             try:
-                found.append((tuning, graphed(kernel_calls(layer, sets, x, tuning), dry)))
+                found.append((tuning, graphed(kernel_calls(layer, sets, x, tuning), not dry)))
             except Exception as error:  # too many registers, or too much shared memory
                 print(f"{layer} {rows} {tuning}: {str(error)[:100]}", flush=True)
         measured.append((layer, rows, found, len(sets)))
     turn.wait()
     for layer, rows, found, count in measured:
-        for (tuning, _), each in zip(found, microseconds([call for _, call in found], dry, 9), strict=True):
+        for (tuning, _), each in zip(found, microseconds([call for _, call in found], 2 if dry else 9), strict=True):
             row = {"kind": layer.kind, "width": layer.width, "height": layer.height, "rows": rows, **tuning._asdict()}
             append(out / "tune.csv", row | {"us": f"{statistics.median(each) / count:.2f}"} | made_by())
 
@@ -474,7 +350,9 @@ def check(options: argparse.Namespace, start: float) -> list[str]:
         big = torch.empty(2**31, dtype=torch.uint8, device="cuda")
         other = torch.empty_like(big)
         square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        (copy,), (product,) = (microseconds([call], False, 5) for call in (lambda: other.copy_(big), lambda: square @ square))
+        from bench_once import microseconds
+
+        (copy,), (product,) = (microseconds([call], 5) for call in (lambda: other.copy_(big), lambda: square @ square))
         bandwidth, rate = 2 * 2**31 / statistics.median(copy) / 1e6, 2 * 8192**3 / statistics.median(product) / 1e6
         say(start, f"a copy moves {bandwidth:.2f} TB/s, a product makes {rate:.0f} TFLOP/s")
     return steps
