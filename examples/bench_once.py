@@ -231,7 +231,8 @@ TINY_DECODERS = {"tiny": (100, 64, 128, 4, 2, True)}
 def decoding(name: str, sizes: Sequence[Any], device: str, dtype: torch.dtype, rounds: int, length: int = 256) -> list[Row]:
     """A token of each way in turns."""
     torch.manual_seed(0)
-    dense = Decoder(*sizes, length=length).to(device, dtype).eval()
+    words, width, height, heads, depth, gated = sizes
+    dense = Decoder(words, width, height, heads, depth, gated, length).to(device, dtype).eval()
     inputs = torch.zeros(1, 1, dtype=torch.long, device=device), torch.tensor([length // 2], device=device)
     given = (*inputs, torch.arange(length, device=device)[None, None, None] <= inputs[1])
     tied = pe_fx.transform(dense, given, rules=["mlp", "glu"])
@@ -245,7 +246,7 @@ def decoding(name: str, sizes: Sequence[Any], device: str, dtype: torch.dtype, r
     found = []
     for way, each in zip(ways, times, strict=True):
         faster = statistics.median(a / b for a, b in zip(times[0], each, strict=True))
-        shape = {"kind": f"decoding, {name}", "width": str(sizes[1]), "height": str(sizes[2]), "rows": "1", "dtype": str(dtype), "way": way}
+        shape = {"kind": f"decoding, {name}", "width": str(width), "height": str(height), "rows": "1", "dtype": str(dtype), "way": way}
         found.append(
             shape | {"us": f"{statistics.median(each):.2f}", "faster_than_dense": f"{faster:.3f}", "error": ""} | made_by(given[2])
         )
