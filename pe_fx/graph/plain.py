@@ -80,7 +80,10 @@ def _is_composed(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return any(isinstance(value_of(index), Tensor) for index in node.all_input_nodes[1:])
-    return node.target is operator.setitem or (inspect.isfunction(node.target) and base_name(node) not in KINDS)
+    if node.target is operator.setitem:
+        return True
+    in_vmap = str(getattr(node.target, "__module__", "")).startswith("torch._functorch")  # a step of it, which crashes torch 2.11 alone
+    return inspect.isfunction(node.target) and base_name(node) not in KINDS and not in_vmap
 
 
 def _opened(node: fx.Node) -> tuple[fx.GraphModule, list[Any]] | None:
