@@ -82,13 +82,23 @@ of each row are in [kernels.csv](kernels.csv).
 READ_ONCE = """\
 ## W read once
 
-`python examples/gpu.py`, steps `once` and `tune`, NVIDIA H200, torch 2.11, bf16, 26 November 2026; every way as a CUDA graph over so many
-weights that they do not fit the cache, in turns; how many times as fast as the dense layer through Inductor ([once.csv](once.csv),
-with microseconds and errors). "Single read" is the backend's graph, with the kernel's sizes chosen beforehand; "best sizes", the kernel
-alone, without adding up what its programs found (some 3.5 us at width 4,096), with the best of those tried ([tune.csv](tune.csv)). The
-backend takes those by now, which was not timed again. It is used where it pays: at widths of 512 to 4,096 for one or two rows, to 1,024
-for three and four. At one row of width 4,096, 134 MB in 35.6 us are 3.8 TB/s, of the 4.3 that a copy moves; with more rows the arithmetic
-takes longer than the reading. `max-autotune` chose its kernels while other processes used the GPU."""
+A feed-forward layer of few rows, and the decoding of one token: how many times as fast as the dense one through Inductor, in medians over
+rounds in turns ([once.csv](once.csv) has microseconds, and errors against float64). "Tied" is Inductor's code for a tied layer, which
+reads W twice; "single read", the backend's."""
+
+READ_ONCE_NOTES: Mapping[str, str] = {
+    "NVIDIA H200": """\
+`python examples/gpu.py`, steps `once` and `tune`; every way as a CUDA graph over so many weights that they do not fit the cache. "Single
+read" had the kernel's sizes chosen beforehand; "best sizes" is the kernel alone, without adding up what its programs found (some 3.5 us at
+width 4,096), with the best of those tried ([tune.csv](tune.csv)). The backend takes those by now, which was not timed again. It is used
+where it pays: at widths of 512 to 4,096 for one or two rows, to 1,024 for three and four; with more, the graph stays as it is. At one row
+of width 4,096, 134 MB in 35.6 us are 3.8 TB/s, of the 4.3 that a copy moves; with more rows the arithmetic takes longer than the reading.
+`max-autotune` chose its kernels while other processes used the GPU.""",
+    "CPU, 1 core": """\
+`python examples/bench_once.py --rows 1 4 --rounds 21` on one core of a Xeon with AVX-512, other load on the second. It is used for up to 16
+rows (4 in bfloat16), from 768x3,072 weights on. The decoders have random weights and a cache of 256 positions; only their feed-forward
+layers are tied.""",
+}
 
 PLANNING = """\
 ## Planning
@@ -108,19 +118,29 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(merged.values())
 
 
-WAYS = ("tied, inductor", "tied, single read", "dense, max-autotune", "kernel, best tuning")
+WAYS = {
+    "tied, inductor": "tied",
+    "tied, single read": "single read",
+    "dense, max-autotune": "max-autotune",
+    "kernel, best tuning": "best sizes",
+}
 
 
 def read_once(rows: Sequence[Row]) -> str:
-    """A line for each layer and number of rows, a column for each way."""
-    found = {(row["kind"], row["width"], row["height"], row["rows"], row["way"]): row["faster_than_dense"] for row in rows}
-    lines = [
-        (kind, f"{int(width):,}", f"{int(height):,}", count, *(f"{float(value):.2f}" if value else "" for value in values))
-        for kind, width, height, count in dict.fromkeys(key[:4] for key in found)
-        if (values := [found.get((kind, width, height, count, way), "") for way in WAYS])
-    ]
-    header = ("layer", "width", "hidden", "rows", "tied", "tied, single read", "dense, max-autotune", "best sizes")
-    return f"{READ_ONCE}\n\n{markdown(header, lines)}"
+    """For each card and dtype a table: a line for each layer and number of rows, a column for each way."""
+    parts = [READ_ONCE]
+    for card, dtype in dict.fromkeys((row["card"], row["dtype"]) for row in rows):
+        own = [row for row in rows if (row["card"], row["dtype"]) == (card, dtype)]
+        ways = [way for way in WAYS if any(row["way"] == way for row in own)]
+        found: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in own:
+            place = row["kind"], f"{int(row['width']):,}", f"{int(row['height']):,}", row["rows"]
+            found.setdefault(place, {})[row["way"]] = f"{float(row['faster_than_dense']):.2f}"
+        lines = [(*place, *(values.get(way, "") for way in ways)) for place, values in found.items()]
+        made = f"{card}, {dtype.removeprefix('torch.')}; {own[0]['versions']}, {own[0]['date']}."
+        table = markdown(("layer", "width", "hidden", "rows", *(WAYS[way] for way in ways)), lines)
+        parts += [f"### {made}", table, READ_ONCE_NOTES.get(card, "")]
+    return "\n\n".join(filter(None, parts))
 
 
 def page(rows: Sequence[Row], once: Sequence[Row]) -> str:

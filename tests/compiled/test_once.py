@@ -17,6 +17,7 @@ from torch.nn import functional
 import pe_fx
 from pe_fx.compiled.dynamo import CustomGraphPass
 from pe_fx.compiled.lowering import single_read_cpu, single_read_gpu
+from pe_fx.compiled.lowering.nodes import new_node
 from pe_fx.compiled.lowering.single_read import OPERATION
 
 X = torch.randn(1, 3, 64)
@@ -50,9 +51,8 @@ def run(
 ) -> tuple[Tensor, int]:
     """What the compiled model gives, and how many single reads its graphs have."""
     recorder = Recorder()
-    compiled = torch.compile(
-        model, backend="pe_fx", dynamic=dynamic, options=options | {"inductor": {"post_grad_custom_post_pass": recorder}}
-    )
+    inductor = options.pop("inductor", {}) | {"post_grad_custom_post_pass": recorder}
+    compiled = torch.compile(model, backend="pe_fx", dynamic=dynamic, options=options | {"inductor": inductor})
     with torch.set_grad_enabled(grad), torch.autocast(X.device.type, torch.bfloat16, enabled=autocast):
         y = compiled(x)
     if grad:
@@ -122,6 +122,31 @@ def test_blocks_alike_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     _, count = run(pe_fx.transform(nn.Sequential(mlp(), mlp(), mlp()), X, mix="signed"))
     assert count == 3
     assert len(seen) == 1
+
+
+class SumOfProducts(CustomGraphPass):
+    """What Inductor makes of the matrix products of one row on a GPU, with coordinate descent tuning (mode "max-autotune")."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        aten = torch.ops.aten
+        for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+            with graph.inserting_before(node):
+                x, matrix = node.args
+                product = new_node(
+                    graph, node, aten.mul.Tensor, *(new_node(graph, node, aten.unsqueeze.default, *of) for of in ((x, 2), (matrix, 0)))
+                )
+                node.replace_all_uses_with(new_node(graph, node, aten.sum.dim_IntList, product, [1]))
+            graph.erase_node(node)
+
+    def uuid(self) -> Any:
+        return None
+
+
+def test_products_of_one_row_that_inductor_has_written_out() -> None:
+    tied = pe_fx.transform(gated(), X)
+    made, count = run(tied, X[:, :1], inductor={"joint_custom_pre_pass": SumOfProducts()})
+    assert count == 1
+    torch.testing.assert_close(made, tied(X[:, :1]), rtol=1e-4, atol=1e-5)
 
 
 def assert_twice(model: nn.Module, x: Tensor = X, **how: Any) -> None:

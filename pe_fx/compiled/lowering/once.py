@@ -66,7 +66,15 @@ def _product(node: fx.Node) -> Product | None:
     if node.target is aten.mm.default and not node.kwargs:
         x, matrix = node.args
         return Product(node, x, matrix, None)  # type: ignore[arg-type]
+    if node.target is aten.sum.dim_IntList and node.args[1:] == ([1],) and _node(node.args[0]).target is aten.mul.Tensor:
+        x, matrix = _node(node.args[0]).args
+        if _is_unsqueezed(x, 2) and _is_unsqueezed(matrix, 0):  # as Inductor writes the product of one row with coordinate descent
+            return Product(node, _node(_node(x).args[0]), _node(_node(matrix).args[0]), None)
     return None
+
+
+def _is_unsqueezed(arg: Any, dim: int) -> bool:
+    return isinstance(arg, fx.Node) and bool(arg.target is aten.unsqueeze.default and arg.args[1] == dim)
 
 
 def _firsts(hidden: fx.Node) -> Iterator[Product]:

@@ -91,7 +91,7 @@ def launch(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], negate
     out = torch.empty((splits, rows, width), dtype=torch.float32, device=x.device)
     if not out.numel():
         return out
-    pointers = [x.contiguous(), *(weight.contiguous() for weight in weights), *(bias for bias in biases if bias is not None)]
+    pointers = [each.contiguous() for each in (x, *weights, *biases) if each is not None]
     kernel = compiled(unit, rows, tuple(bias is not None for bias in biases), negated > 0)
     height = weights[-1].shape[0]
     sizes = {"HEIGHT": height, "NEGATED": negated, "WIDTH": width, "PADDED": power_of_two(width)}
