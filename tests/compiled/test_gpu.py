@@ -44,7 +44,10 @@ def vit() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    return timm.models.ResNet(timm.models.resnet.Bottleneck, layers=(2, 2, 2, 2), channels=(8, 16, 32, 64), num_classes=10).to(DEVICE)
+    """Two stages of two bottlenecks."""
+    model = timm.models.ResNet(timm.models.resnet.Bottleneck, layers=(2, 2), channels=(8, 16), num_classes=10)
+    model.layer3 = model.layer4 = nn.Identity()
+    return model.to(DEVICE)
 
 
 class Mlp(nn.Module):
@@ -92,10 +95,11 @@ def test_bf16_autocast(build: Any, x: Tensor, mix: str) -> None:
 
 @pytest.mark.parametrize("entry", ["keep", "slice", "expand"])
 def test_channels_last(entry: str) -> None:
-    tied = pe_fx.transform(resnet(), IMAGES, entry=entry).to(memory_format=torch.channels_last)
-    x = IMAGES.to(memory_format=torch.channels_last)
-    expected = losses(copy.deepcopy(tied).double(), x.double())
-    torch.testing.assert_close(losses(torch.compile(tied, backend="pe_fx"), x).double(), expected, rtol=1e-3, atol=1e-4)
+    """In float64: in float32 rounding alone moves a ResNet in a few steps."""
+    tied = pe_fx.transform(resnet(), IMAGES, entry=entry).double().to(memory_format=torch.channels_last)
+    x = IMAGES.double().to(memory_format=torch.channels_last)
+    expected = losses(copy.deepcopy(tied), x)
+    torch.testing.assert_close(losses(torch.compile(tied, backend="pe_fx"), x), expected)
 
 
 def test_activation_checkpointing() -> None:

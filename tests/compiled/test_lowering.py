@@ -280,7 +280,8 @@ def test_inductor_is_told_the_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch._inductor, "compile", compile_nothing)
     torch.compile(mlp(), backend="pe_fx")(X)
-    assert given == [UUID]
+    torch.compile(mlp(), backend="pe_fx", options={"single_read": False})(X)
+    assert given == [(UUID, True), (UUID, False)]
 
 
 def test_a_cast_that_fails_stays(caplog: pytest.LogCaptureFixture) -> None:

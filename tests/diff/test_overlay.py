@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Net, blocks, linear, mlp
 from torch import Tensor, nn
@@ -98,6 +98,7 @@ def test_very_many_children_are_held_in_runs(flat: bool) -> None:
 # ---- layers
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of the machine's load
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=30))
 def test_any_edges_can_be_laid_out(edges: list[tuple[int, int]]) -> None:
     points, routes = layered(list(range(10)), edges)
