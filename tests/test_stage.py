@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import Net, assert_equals_twin, assert_hit, assert_idempotent, ties
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils import prune
 
 import pe_fx
 from pe_fx import PeFxError
+from pe_fx.tied.entry import Widen
 
 hit = partial(assert_hit, kind="bottleneck")
 
@@ -273,6 +276,36 @@ def test_entry_keeps_the_mode_of_what_it_replaces() -> None:
     tied = pe_fx.transform(net, NARROW, entry="expand")
     assert tied[0].widen.training
     assert not any(module.training for module in tied[0].downsample.modules())
+
+
+class OnCuda(Tensor):
+    """Says that it is."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_widening_on_cuda_is_the_same() -> None:
+    widen = Widen(4, 12).eval()
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(widen(x.as_subclass(OnCuda)).as_subclass(Tensor), widen(x))
+
+
+def test_widening_on_cuda_reads_a_weight_that_is_pruned_before() -> None:
+    """As any convolution: pruning puts the weight together in a hook."""
+    widen = Widen(4, 12)
+    prune.random_unstructured(widen.conv, "weight", 0.5)
+    with torch.no_grad():
+        widen.conv.weight_orig.zero_()
+    x = torch.randn(2, 4, 5, 5).as_subclass(OnCuda)
+    assert not widen.eval()(x)[:, :8].any()
+
+
+@pytest.mark.parametrize("through", [fx.symbolic_trace, torch.jit.script], ids=lambda through: through.__name__)
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_widening_is_traced_and_scripted(through: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> None:
+    widen = Widen(4, 12).eval()
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(through(widen)(x), widen(x))
 
 
 @pytest.mark.parametrize("entry", ["slice", "expand"])

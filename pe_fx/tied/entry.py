@@ -32,6 +32,22 @@ class PadShortcut(nn.Module):
         return f"{self.out}, stride={self.stride}"
 
 
+class Depthwise(nn.Conv2d):
+    """A depthwise convolution that computes one output to a channel on CUDA: for several, cuDNN runs a kernel for each channel.
+
+    >>> Depthwise(4, 8, 3, padding=1, groups=4)(torch.ones(2, 4, 5, 5)).shape
+    torch.Size([2, 8, 5, 5])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        times = self.out_channels // self.in_channels
+        if times > 1 and x.is_cuda is True:  # what torch.fx traces with has no device, and is not asked
+            x = x.repeat_interleave(times, 1)
+            return nn.functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.out_channels)
+        made: Tensor = self._conv_forward(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return made
+
+
 class Widen(nn.Module):
     """`width` channels to `out`: a depthwise 3x3 convolution, BatchNorm and GELU make the new ones, put before the old.
 
@@ -43,20 +59,12 @@ class Widen(nn.Module):
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, out - width, 3, padding=1, groups=width, bias=False)
+        self.conv = Depthwise(width, out - width, 3, padding=1, groups=width, bias=False)
         self.norm = nn.BatchNorm2d(out - width)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.act(self.norm(self._depthwise(x))), x], 1)
-
-    def _depthwise(self, x: Tensor) -> Tensor:
-        """The convolution, with one output to a channel: for several, cuDNN runs a kernel for each channel."""
-        times, conv = self.conv.out_channels // self.conv.in_channels, self.conv
-        if times == 1 or not x.is_cuda:
-            made: Tensor = conv(x)
-            return made
-        return nn.functional.conv2d(x.repeat_interleave(times, 1), conv.weight, padding=conv.padding, groups=conv.out_channels)
+        return torch.cat([self.act(self.norm(self.conv(x))), x], 1)
 
 
 class Widened(Derived):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from pe_fx.compiled.dynamo import CustomGraphPass
 from pe_fx.compiled.lowering import single_read_cpu, single_read_gpu
 from pe_fx.compiled.lowering.nodes import new_node
 from pe_fx.compiled.lowering.single_read import OPERATION
+from pe_fx.tied.weight import Mix
 
 X = torch.randn(1, 3, 64)
 
@@ -163,8 +164,10 @@ def test_dynamic_rows() -> None:
     assert_twice(pe_fx.transform(mlp(), X), torch.randn(3, 64), dynamic=True)
 
 
-def test_where_a_gradient_is_needed() -> None:
-    assert_twice(pe_fx.transform(mlp(), X), grad=True)
+@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU(), nn.Sigmoid()], ids=repr)
+def test_where_a_gradient_is_needed(act: nn.Module) -> None:
+    """ReLU and Sigmoid keep their result for it."""
+    assert_twice(pe_fx.transform(mlp(act), X), grad=True)
 
 
 def test_turned_off() -> None:
@@ -205,6 +208,47 @@ def test_gate_of_another_input() -> None:
     )
     model.down = Net(lambda self, h: functional.linear(h, model.up.weight.t()))
     assert_twice(model, rules=["attention"])
+
+
+SIGNED = Mix(0, 1, 4, 64, 64)
+FLOAT8 = torch.float8_e4m3fn
+
+
+def outer(x: Tensor, matrix: Tensor, **dtype: Any) -> Tensor:
+    """The matrix product, written out."""
+    return (x.unsqueeze(2) * matrix.unsqueeze(0)).sum(1, **dtype)
+
+
+NO_PAIRS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "the second in higher precision": lambda x, w: functional.linear((x.bfloat16() @ w.t().bfloat16()).float().tanh(), w.t()),
+    "the first in higher precision": lambda x, w: functional.linear((x @ w.t()).tanh().bfloat16(), w.t().bfloat16()),
+    "a weight cut off": lambda x, w: (x @ w.t()).tanh() @ w.int().float(),
+    "a weight rounded": lambda x, w: (x @ w.t()).tanh() @ w.to(FLOAT8).float(),
+    "a mixed weight cut off": lambda x, w: functional.linear((x @ w.t()).tanh(), SIGNED(w.t()).int().float()),
+    "a mixed weight of another sign": lambda x, w: functional.linear((x @ w.t()).tanh(), SIGNED(w.t().abs())),
+    "a mixed weight that is scaled by an entry": lambda x, w: functional.linear((x @ w.t()).tanh(), SIGNED(w.t() * w[:1, :1])),
+    "hidden values rounded": lambda x, w: (x @ w.t()).to(FLOAT8).float() @ w,
+    "hidden values in float64": lambda x, w: ((x @ w.t()).double().abs() * 1e-60).sqrt().float() @ w * 1e30,
+    "no transpose": lambda x, w: (x @ w.permute(0, -1)).tanh() @ w,
+    "no transpose, counted from the end": lambda x, w: (x @ w.permute(-2, -1)).tanh() @ w,
+    "a bias for all": lambda x, w: torch.addmm(x[0, :1], x, w.t()).tanh() @ w,
+    "hidden values read elsewhere": lambda x, w: (h := (x @ w.t()).tanh()) @ w + h,
+    "written out, of one column": lambda x, w: outer(outer(x[:, :1], w.t()).tanh(), w),
+    "written out, of three dimensions": lambda x, w: outer(outer(x.expand(64, 64, 64), w.t()).tanh(), w),
+    "written out, of two dtypes": lambda x, w: outer(outer(x.bfloat16(), w.t()).tanh(), w),
+    "written out, summed in float64": lambda x, w: outer(outer(x, w.t()).tanh(), w, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("layer", NO_PAIRS.values(), ids=NO_PAIRS)
+def test_what_is_like_it(layer: Callable[[Tensor, Tensor], Tensor], caplog: pytest.LogCaptureFixture) -> None:
+    x, weight = (each.bfloat16().float() for each in (torch.randn(1, 64), torch.randn(64, 64) / 8))
+    made, count = run(Net(lambda self, x: layer(x, self.weight), weight=weight), x)
+    assert count == 0
+    expected = layer(x, weight)
+    assert made.dtype is expected.dtype
+    torch.testing.assert_close(made, expected, rtol=0.02, atol=0.02)
+    assert "is left out" not in caplog.text
 
 
 def test_generates_the_same_in_a_loop() -> None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pe_fx.compiled.lowering import single_read_cpu, single_read_gpu
 from pe_fx.compiled.lowering.nodes import CAST, aten, new_node
 from pe_fx.compiled.lowering.single_read import OPERATION
-from pe_fx.compiled.lowering.unit import NoUnit, unit_between
+from pe_fx.compiled.lowering.unit import FLOATS, NoUnit, unit_between
 from pe_fx.tied.weight import Mix
 
 log = logging.getLogger(__name__)
 
-VIEWS = {aten.permute.default, CAST}
-DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+MOVES = {
+    *(aten.permute.default, aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default),
+    *(aten.clone.default, aten.slice.Tensor, aten.cat.default, aten.full.default, aten.mul.Tensor),
+}
+"""What a mix consists of: of a weight, these make nothing but its entries, moved and times a number."""
 
 
 class Product(NamedTuple):
@@ -51,7 +54,7 @@ def read_once(graph: fx.Graph) -> None:
         if second is None:
             continue
         firsts = list(_firsts(second.x))
-        back = _back(second.matrix, firsts, known)
+        back = _back(second, firsts, known)
         if back is not None:
             try:
                 _rewrite(graph, second, _in_order(firsts, back), back)
@@ -60,17 +63,25 @@ def read_once(graph: fx.Graph) -> None:
 
 
 def _product(node: fx.Node) -> Product | None:
-    if node.target is aten.addmm.default and not node.kwargs and node.args[0].meta["val"].dim() == 1:  # type: ignore[union-attr]
-        bias, x, matrix = node.args
-        return Product(node, x, matrix, bias)  # type: ignore[arg-type]
-    if node.target is aten.mm.default and not node.kwargs:
-        x, matrix = node.args
-        return Product(node, x, matrix, None)  # type: ignore[arg-type]
+    if node.kwargs:
+        return None
+    if node.target is aten.addmm.default:
+        bias, x, matrix = map(_node, node.args)
+        return Product(node, x, matrix, bias) if bias.meta["val"].shape == node.meta["val"].shape[1:] else None
+    if node.target is aten.mm.default:
+        x, matrix = map(_node, node.args)
+        return Product(node, x, matrix, None)
     if node.target is aten.sum.dim_IntList and node.args[1:] == ([1],) and _node(node.args[0]).target is aten.mul.Tensor:
-        x, matrix = _node(node.args[0]).args
-        if _is_unsqueezed(x, 2) and _is_unsqueezed(matrix, 0):  # as Inductor writes the product of one row with coordinate descent
-            return Product(node, _node(_node(x).args[0]), _node(_node(matrix).args[0]), None)
+        rows, columns = _node(node.args[0]).args
+        if _is_unsqueezed(rows, 2) and _is_unsqueezed(columns, 0):  # as Inductor writes the product of one row with coordinate descent
+            x, matrix = _node(_node(rows).args[0]), _node(_node(columns).args[0])
+            return Product(node, x, matrix, None) if _fit(x.meta["val"], matrix.meta["val"]) else None
     return None
+
+
+def _fit(x: Tensor, matrix: Tensor) -> bool:
+    """Whether they can be multiplied as they are: of elementwise products, one may be of another dtype, or expanded."""
+    return x.dim() == matrix.dim() == 2 and x.shape[1] == matrix.shape[0] and x.dtype is matrix.dtype
 
 
 def _is_unsqueezed(arg: Any, dim: int) -> bool:
@@ -93,13 +104,19 @@ def _firsts(hidden: fx.Node) -> Iterator[Product]:
             yield product
 
 
-def _turned(node: fx.Node, through: Set[Any] = frozenset({aten.permute.default})) -> tuple[fx.Node, bool]:
-    """What the matrix is a view of, and whether it is its transpose."""
+def _turned(node: fx.Node, dtype: torch.dtype | None = None) -> tuple[fx.Node, bool]:
+    """What the matrix is a view of, and whether it is its transpose; casts to `dtype` count as views."""
     turned = False
-    while node.target in through:
-        turned ^= bool(node.target is aten.permute.default and node.args[1] != [0, 1])
+    while node.target is aten.permute.default or _is_cast(node, dtype):
+        if node.target is aten.permute.default:
+            turned ^= node.args[1] in ([1, 0], [-1, 0], [1, -2], [-1, -2])
         node = _node(node.args[0])
     return node, turned
+
+
+def _is_cast(node: fx.Node, dtype: torch.dtype | None) -> bool:
+    """Casts to any other dtype than that of the product round the weight, or cut it off."""
+    return node.target is CAST and node.args[1] is dtype
 
 
 def _uncast(node: fx.Node) -> fx.Node:
@@ -112,20 +129,21 @@ def _weight(product: Product) -> fx.Node | None:
     return weight if turned else None
 
 
-def _back(matrix: fx.Node, firsts: list[Product], known: dict[str, Mix | None]) -> Back | None:
-    """How the matrix is made of a weight of `firsts`, where it is."""
+def _back(second: Product, firsts: list[Product], known: dict[str, Mix | None]) -> Back | None:
+    """How the second product's matrix is made of a weight of `firsts`, where it is."""
     weights = {_uncast(weight): weight for weight in map(_weight, firsts) if weight is not None}
-    base, turned = _turned(matrix, VIEWS)
+    dtype = second.node.meta["val"].dtype
+    base, turned = _turned(second.matrix, dtype)
     base, gain = _scaled(base, turned)
-    base, again = _turned(base, VIEWS)
+    base, again = _turned(base, dtype)
     if turned == again:
         return Back(weights[base], None, gain) if base in weights else None
-    chain = _chain(base, set(weights))
+    chain = _chain(base, set(weights), dtype)
     origins = {node for node in chain if node in weights}
     if len(origins) != 1:
         return None
     (origin,) = origins
-    text = _text(chain)
+    text = _text(chain, origin)
     if text not in known:
         with _disable_current_modes():  # Inductor's passes run on fake tensors
             known[text] = _mix(chain, origin)
@@ -148,28 +166,28 @@ def _node(arg: Any) -> fx.Node:
     return arg
 
 
-def _chain(node: fx.Node, weights: set[fx.Node]) -> list[fx.Node]:
-    """What the value is made of, in order, from weights and constants on; empty where anything else is read."""
+def _chain(node: fx.Node, weights: set[fx.Node], dtype: torch.dtype) -> list[fx.Node]:
+    """What the value is made of, in order, from weights and constants on; empty where anything but moves and signs makes it."""
     found: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node) -> bool:
         if node in found:
             return True
-        fits = node in weights or (node.op == "call_function" and all(map(visit, node.all_input_nodes)))
+        fits = node in weights or ((node.target in MOVES or _is_cast(node, dtype)) and all(map(visit, node.all_input_nodes)))
         found[node] = None
         return fits
 
     return list(found) if visit(node) else []
 
 
-def _text(chain: list[fx.Node]) -> str:
+def _text(chain: list[fx.Node], origin: fx.Node) -> str:
     """The same for all chains that compute the same, whatever their nodes are called."""
     place = {node: f"%{i}" for i, node in enumerate(chain)}
 
     def line(node: fx.Node) -> str:
-        if not node.args:
+        if node is origin:
             return str(list(node.meta["val"].shape))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: place.get(arg, "weight"))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), place.__getitem__)
         return f"{node.target}{args}{kwargs}"
 
     return "\n".join(map(line, chain))
@@ -178,7 +196,7 @@ def _text(chain: list[fx.Node]) -> str:
 def _mix(chain: list[fx.Node], origin: fx.Node) -> Mix | None:
     """The mix of the transposed weight that the chain computes, found by running it on the positions of a weight's entries."""
     height, width = origin.meta["val"].shape
-    positions = torch.arange(1.0, height * width + 1, dtype=torch.float64).view(height, width)
+    positions = torch.arange(2.0, height * width + 2, dtype=torch.float64).view(height, width)  # no 1: times an entry is no sign
     values: dict[fx.Node, Any] = {origin: positions}
     for node in chain:
         if node is not origin:
@@ -188,7 +206,7 @@ def _mix(chain: list[fx.Node], origin: fx.Node) -> Mix | None:
     found = values[chain[-1]]
     if found.shape != (width, height) or width < 2:
         return None
-    mix = Mix(0, 1, int(found[1, 0].abs()) - 1, width, height)
+    mix = Mix(0, 1, int(found[1, 0].abs()) - 2, width, height)
     return mix if mix.hands > 0 and width % mix.hands == 0 and torch.equal(mix(positions.t()), found) else None
 
 
@@ -204,13 +222,17 @@ def _rewrite(graph: fx.Graph, second: Product, firsts: list[Product], back: Back
         raise NoUnit("the products before it are of several inputs")
     rows, width = x.meta["val"].shape
     shape, dtype, device = back.weight.meta["val"].shape, x.meta["val"].dtype, x.meta["val"].device
-    if not isinstance(rows, int) or any(weight.meta["val"].shape != shape for weight in weights):  # type: ignore[union-attr]
-        raise NoUnit("the number of rows is dynamic, or its weights differ in shape")
+    if second.node.meta["val"].dtype is not dtype:
+        raise NoUnit("the products are of two dtypes")
+    if not all(isinstance(size, int) for size in (rows, *shape)) or any(weight.meta["val"].shape != shape for weight in weights):  # type: ignore[union-attr]
+        raise NoUnit("a size is dynamic, or its weights differ in shape")
     if not all(weight.meta["val"].is_contiguous() for weight in weights):  # type: ignore[union-attr]
         raise NoUnit("a weight is stored the other way round")
     kernel = {"cpu": single_read_cpu, "cuda": single_read_gpu}.get(device.type)
-    if kernel is None or dtype not in DTYPES or not kernel.pays(device, rows, width, shape[0], len(weights), dtype):
+    if kernel is None or dtype not in FLOATS or not kernel.pays(device, rows, width, shape[0], len(weights), dtype):
         raise NoUnit(f"with {rows} rows of {dtype} on {device.type}, two products take no longer")
+    if len(second.x.users) > 1:
+        raise NoUnit("its hidden values are read elsewhere, too")
     unit, _ = unit_between({first.node: name for first, name in zip(firsts, "abcdefgh", strict=False)}, second.x, shape[0])
     negated = 0 if back.mix is None else shape[0] // 2
     splits = kernel.splits_of(device, rows, width, len(weights), dtype)

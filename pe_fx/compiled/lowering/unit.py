@@ -69,6 +69,9 @@ ATEN: Mapping[Any, str] = {
 """Operations that call one function with their own arguments."""
 
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default}
+FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+"""A unit is computed in float32, whichever of these it is written in; casts between them fall away, as they do in Inductor."""
+
 LINE = re.compile(r"t(\d+)=(\w+)\(([\w.,+-]+)\)")
 
 
@@ -116,7 +119,7 @@ def unit_between(products: Mapping[fx.Node, str], result: fx.Node, width: int) -
         shape = node.meta["val"].shape
         if not shape or shape[-1] != width or node.meta["val"].numel() != numel:
             raise NoUnit(f"{node} is of another shape, {tuple(shape)}")
-        if node.target in VIEWS or (node.target is CAST and node.args[1].is_floating_point):  # type: ignore[union-attr]
+        if node.target in VIEWS or (node.target is CAST and node.args[1] in FLOATS):
             return number(node.args[0])
         if node.target is aten.relu.default:
             return call("maximum", value(node.args[0]), "0.0")
