@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import pe_fx
 from pe_fx import Plan
+from pe_fx.compiled.dynamo import CustomGraphPass
 from pe_fx.tied.layouts import mix_of
 from pe_fx.ties import Block, Miss, Tie
 
@@ -32,6 +33,19 @@ class Net(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.body(self, *args, **kwargs)
+
+
+class Recorder(CustomGraphPass):
+    """Keeps the graphs that Inductor generates code for: the forward, then the backward."""
+
+    def __init__(self) -> None:
+        self.graphs: list[fx.Graph] = []
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.graphs.append(copy.deepcopy(graph))
+
+    def uuid(self) -> Any:
+        return None
 
 
 class Doubled(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from oracle import linear
+from oracle import Recorder, linear
 from torch import Tensor, fx, nn
 
 import pe_fx
@@ -32,19 +32,6 @@ def fresh() -> Iterator[None]:
     with torch._inductor.config.patch(force_disable_caches=True):
         yield
     torch.compiler.reset()
-
-
-class Recorder(CustomGraphPass):
-    """Keeps the graphs that Inductor generates code for: the forward, then the backward."""
-
-    def __init__(self) -> None:
-        self.graphs: list[fx.Graph] = []
-
-    def __call__(self, graph: fx.Graph) -> None:
-        self.graphs.append(copy.deepcopy(graph))
-
-    def uuid(self) -> Any:
-        return None
 
 
 def compiled(model: nn.Module, x: Tensor, backend: str = "pe_fx", autocast: bool = True, **options: Any) -> tuple[fx.Graph, fx.Graph]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Net, linear
+from oracle import Net, Recorder, linear
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -34,17 +34,6 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with torch._inductor.config.patch(force_disable_caches=True):
         yield
     torch.compiler.reset()
-
-
-class Recorder(CustomGraphPass):
-    def __init__(self) -> None:
-        self.graphs: list[fx.Graph] = []
-
-    def __call__(self, graph: fx.Graph) -> None:
-        self.graphs.append(copy.deepcopy(graph))
-
-    def uuid(self) -> Any:
-        return None
 
 
 def run(
