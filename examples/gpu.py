@@ -328,6 +328,12 @@ def outcomes(out: Path) -> None:
         report.unlink()
 
 
+def is_done(step: str, out: Path) -> bool:
+    """Whether an earlier call has finished the step; of bench, it is asked for each case."""
+    rows = [] if step == "bench" else rows_of(out / f"{'learning' if step == 'learn' else step}.csv")
+    return bool(rows) and all(row.get("done", "1.000") == "1.000" for row in rows)
+
+
 def check(options: argparse.Namespace, start: float) -> list[str]:
     """What is there, and the steps that can be taken."""
     import torch
@@ -341,6 +347,9 @@ def check(options: argparse.Namespace, start: float) -> list[str]:
         sys.exit("the backend pe_fx is not registered: pip install --no-deps --no-build-isolation -e .")
     steps = []
     for step in options.steps:
+        if is_done(step, options.out):
+            say(start, f"{step} was done before, in {options.out}")
+            continue
         lacking = [name for name in NEEDED.get(step, ()) if importlib.util.find_spec(name) is None]
         if lacking:
             say(start, f"without {', '.join(lacking)}, {step} is left out")
