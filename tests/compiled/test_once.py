@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import pe_fx
 from pe_fx.compiled.dynamo import CustomGraphPass
-from pe_fx.compiled.lowering import single_read_cpu, single_read_gpu
+from pe_fx.compiled.lowering import once, single_read_cpu, single_read_gpu
 from pe_fx.compiled.lowering.nodes import new_node
 from pe_fx.compiled.lowering.single_read import OPERATION
 from pe_fx.tied.weight import Mix
@@ -104,8 +104,6 @@ def test_a_dense_model_that_the_backend_ties() -> None:
 
 def test_blocks_alike_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mix is found by running a weight's views, which takes as long as the weight is large."""
-    from pe_fx.compiled.lowering import once
-
     seen: list[fx.Node] = []
     found = once._mix
     monkeypatch.setattr(once, "_mix", lambda chain, origin: (seen.append(origin), found(chain, origin))[1])
@@ -161,6 +159,12 @@ def test_where_a_gradient_is_needed(act: nn.Module) -> None:
 
 def test_turned_off() -> None:
     assert_twice(pe_fx.transform(mlp(), X), single_read=False)
+
+
+def test_a_long_way_between_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind residuals, a layer's input is made of all layers before it: that is not followed to its end."""
+    monkeypatch.setattr(once, "LARGEST", 4)
+    assert_twice(pe_fx.transform(mlp(), X))
 
 
 def test_two_weights() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +52,7 @@ def read_once(graph: fx.Graph) -> None:
         second = _product(node)
         if second is None:
             continue
-        firsts = list(_firsts(second.x))
+        firsts = _firsts(second.x)
         back = _back(second, firsts, known)
         if back is not None:
             try:
@@ -88,11 +87,16 @@ def _is_unsqueezed(arg: Any, dim: int) -> bool:
     return isinstance(arg, fx.Node) and bool(arg.target is aten.unsqueeze.default and arg.args[1] == dim)
 
 
-def _firsts(hidden: fx.Node) -> Iterator[Product]:
+LARGEST = 256
+"""Operations between two products, beyond which none is looked for: residuals lead from each layer back to the first."""
+
+
+def _firsts(hidden: fx.Node) -> list[Product]:
     """The products from which the hidden value is made, by operations on one tensor or several."""
+    found: list[Product] = []
     seen: set[fx.Node] = set()
     todo = [hidden]
-    while todo:
+    while todo and len(seen) < LARGEST:
         node = todo.pop()
         if node in seen or node.op != "call_function":
             continue
@@ -101,7 +105,8 @@ def _firsts(hidden: fx.Node) -> Iterator[Product]:
         if product is None:
             todo += node.all_input_nodes
         else:
-            yield product
+            found.append(product)
+    return [] if todo else found
 
 
 def _turned(node: fx.Node, dtype: torch.dtype | None = None) -> tuple[fx.Node, bool]:
