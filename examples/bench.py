@@ -28,7 +28,7 @@ import timm
 import torch
 import transformers
 from bench_summary import COLUMNS, Row, page, shown, write_rows
-from tables import rows_of
+from tables import machine, rows_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -192,11 +192,6 @@ class Variant:
         events = [event for event in profile.key_averages() if event.device_type.name == "CUDA" and not event.is_user_annotation]
         found = [Kernel(event.key, event.count, event.self_device_time_total) for event in events if not event.key.startswith("Mem")]
         return sorted(found, key=lambda kernel: -kernel.microseconds)
-
-
-def machine(device: str) -> str:
-    threads = torch.get_num_threads()
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} core{'s' * (threads > 1)}"
 
 
 def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: int, compilations: int) -> list[Row]:

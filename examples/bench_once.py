@@ -8,8 +8,6 @@ width 2,048, 8 blocks). Printed is how many times as fast as dense each is, in m
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import functools
 import statistics
 import time
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import markdown
+from tables import append, made_by, markdown
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -106,9 +104,10 @@ class Case:
         for way, each in zip(self.calls, times, strict=True):
             faster = statistics.median(a / b for a, b in zip(times[0], each, strict=True))
             layer = {"kind": self.layer.kind, "width": str(self.layer.width), "height": str(self.layer.height)}
+            layer |= {"rows": str(self.rows), "dtype": str(self.dtype), "way": way}
             error = f"{self.errors[way]:.1e}" if way in self.errors else ""
             figures = {"us": f"{statistics.median(each) / len(self.sets):.2f}", "faster_than_dense": f"{faster:.3f}", "error": error}
-            found.append(layer | {"rows": str(self.rows), "dtype": str(self.dtype), "way": way} | figures | made_by(self.sets[0]["up"]))
+            found.append(layer | figures | made_by(self.sets[0]["up"].device.type))
         return found
 
 
@@ -172,12 +171,6 @@ def microseconds(calls: Sequence[Call], rounds: int) -> list[list[float]]:
                 call()
                 times.append((time.perf_counter() - start) * 1e6)
     return found
-
-
-def made_by(like: Tensor) -> Row:
-    threads = torch.get_num_threads()
-    card = torch.cuda.get_device_name() if like.is_cuda else f"CPU, {threads} core{'s' * (threads > 1)}"
-    return {"card": card, "versions": f"torch {torch.__version__}", "date": datetime.date.today().isoformat()}
 
 
 # ------------------------------------------------------------------------------------------------------------------ decoding
@@ -247,19 +240,8 @@ def decoding(name: str, sizes: Sequence[Any], device: str, dtype: torch.dtype, r
     for way, each in zip(ways, times, strict=True):
         faster = statistics.median(a / b for a, b in zip(times[0], each, strict=True))
         shape = {"kind": f"decoding, {name}", "width": str(width), "height": str(height), "rows": "1", "dtype": str(dtype), "way": way}
-        found.append(
-            shape | {"us": f"{statistics.median(each):.2f}", "faster_than_dense": f"{faster:.3f}", "error": ""} | made_by(given[2])
-        )
+        found.append(shape | {"us": f"{statistics.median(each):.2f}", "faster_than_dense": f"{faster:.3f}", "error": ""} | made_by(device))
     return found
-
-
-def append(path: Path, rows: Sequence[Row]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> None:
@@ -283,7 +265,7 @@ def main() -> None:
     shown = ("kind", "width", "height", "rows", "dtype", "way", "faster_than_dense", "error")
     print(markdown(shown, [[row[column] for column in shown] for row in rows]))
     if options.csv:
-        append(options.csv, rows)
+        append(options.csv, *rows)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import datetime
 import functools
 import importlib.util
 import itertools
@@ -32,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tables import rows_of
+from tables import append, made_by, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("tests", "bench", "once", "tune", "learn")
@@ -68,22 +66,6 @@ class Turn:
         (self.work / f"{self.name}.ready").touch()
         while not (self.work / f"{self.name}.go").exists():
             time.sleep(0.05)
-
-
-def append(path: Path, row: Mapping[str, Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def made_by() -> dict[str, str]:
-    import torch
-
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"card": card, "versions": f"torch {torch.__version__}", "date": datetime.date.today().isoformat()}
 
 
 def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
@@ -157,7 +139,7 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
 def once(turn: Turn, out: Path, dry: bool) -> None:
     """Each layer as dense, tied with two reads, and tied with one; and the kernel alone with the best tuning of those tried."""
     import torch
-    from bench_once import DECODERS, LAYERS, TINY, TINY_DECODERS, append, case, decoding, graphed, weights_of
+    from bench_once import DECODERS, LAYERS, TINY, TINY_DECODERS, case, decoding, graphed, weights_of
 
     from pe_fx.compiled.lowering import single_read_gpu
 
@@ -174,9 +156,9 @@ def once(turn: Turn, out: Path, dry: bool) -> None:
         if (tuning := best.get((each.layer, each.rows))) is not None:
             x = torch.randn(each.rows, each.layer.width, device=device, dtype=dtype)
             each.calls["kernel, best tuning"] = graphed(kernel_calls(each.layer, each.sets, x, tuning), not dry)
-        append(out / "once.csv", each.measured(2 if dry else 25))
+        append(out / "once.csv", *each.measured(2 if dry else 25))
     for name, sizes in (TINY_DECODERS if dry else DECODERS).items():
-        append(out / "once.csv", decoding(name, sizes, device, dtype, 2 if dry else 25))
+        append(out / "once.csv", *decoding(name, sizes, device, dtype, 2 if dry else 25))
 
 
 def kernel_calls(layer: Any, sets: Sequence[Mapping[str, Any]], x: Any, tuning: Any) -> Callable[[], None]:
@@ -252,7 +234,7 @@ def tune(part: int, turn: Turn, out: Path, dry: bool) -> None:
     for layer, rows, found, count in measured:
         for (tuning, _), each in zip(found, microseconds([call for _, call in found], 2 if dry else 9), strict=True):
             row = {"kind": layer.kind, "width": layer.width, "height": layer.height, "rows": rows, **tuning._asdict()}
-            append(out / "tune.csv", row | {"us": f"{statistics.median(each) / count:.2f}"} | made_by())
+            append(out / "tune.csv", row | {"us": f"{statistics.median(each) / count:.2f}"} | made_by(device))
 
 
 # ------------------------------------------------------------------------------------------------------------------- the parent
@@ -316,7 +298,7 @@ def children_of(options: argparse.Namespace, work: Path, ready_by: float, learn_
     }
 
 
-def outcomes(out: Path) -> None:
+def outcomes(out: Path, device: str) -> None:
     """The tests' results as a CSV."""
     report = out / "tests.xml"
     if report.exists():
@@ -324,7 +306,7 @@ def outcomes(out: Path) -> None:
             bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
             message = "" if bad is None else (bad.get("message") or "")[:300].replace("\n", " ")
             row = {"test": f"{case.get('classname')}::{case.get('name')}", "outcome": "passed" if bad is None else bad.tag}
-            append(out / "tests.csv", row | {"message": message} | made_by())
+            append(out / "tests.csv", row | {"message": message} | made_by(device))
         report.unlink()
 
 
@@ -342,7 +324,8 @@ def check(options: argparse.Namespace, start: float) -> list[str]:
         sys.exit("there is no GPU here: --dry-run tries every step on the CPU")
     import pe_fx
 
-    say(start, f"pe_fx from {Path(pe_fx.__file__).parent}; {made_by()}")
+    device = "cpu" if options.dry_run else "cuda"
+    say(start, f"pe_fx from {Path(pe_fx.__file__).parent}; {made_by(device)}")
     if "pe_fx" not in torch._dynamo.list_backends(exclude_tags=()):
         sys.exit("the backend pe_fx is not registered: pip install --no-deps --no-build-isolation -e .")
     steps = []
@@ -425,7 +408,7 @@ def run(options: argparse.Namespace) -> None:
     finally:
         for child in [*timed, *learning, *testing]:
             child.send(signal.SIGKILL)
-        outcomes(options.out)
+        outcomes(options.out, "cpu" if options.dry_run else "cuda")
         for stale in work.glob("*"):
             stale.unlink()
         work.rmdir()
