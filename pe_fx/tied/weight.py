@@ -21,7 +21,7 @@ from pe_fx.errors import PeFxError
 from pe_fx.tied.derived import Derived, derive
 from pe_fx.tied.placed import placed
 from pe_fx.tied.read_only import ReadOnly, read_only
-from pe_fx.tied.whole import check_loaded, check_saved
+from pe_fx.tied.whole import check_loaded, outside_saved
 from pe_fx.ties import Plan, Ranges, Shape, gain_of, kept_of
 
 
@@ -315,10 +315,10 @@ class Tied(Derived):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Whatever the module's own class writes there."""
-        check_saved(self._sources(), destination)
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         for name in self.tied_weights:
             destination.pop(prefix + name, None)
+        destination.update({prefix + name: value for name, value in outside_saved(self._sources(), destination).items()})
         for name, parameter in self._left().items():
             destination.setdefault(prefix + name, parameter if keep_vars else parameter.detach())
         if hasattr(destination, "_metadata"):
@@ -334,7 +334,7 @@ class Tied(Derived):
             alike = {name: len(hands) for name, hands in saved.items()} == {name: len(hands) for name, hands in own.items()}
             difference = "another order or other signs (mix) than it has" if alike else "other weights tied, or other parts of them, than"
             errors.append(f"{prefix[:-1]} was saved with {difference} here: tie the model by its own plan")
-        check_loaded(self._sources())
+        check_loaded(self._sources(), assign=local_metadata.get("assign_to_params_buffers", False))
         arguments = (prefix, local_metadata, strict, missing, unexpected, errors)
         if self.dense_class._load_from_state_dict is nn.Module._load_from_state_dict:  # type: ignore[attr-defined]
             super()._load_from_state_dict(state_dict, *arguments)  # type: ignore[misc]
@@ -359,7 +359,7 @@ class Tied(Derived):
         self._parameters.update(left._parameters)  # type: ignore[attr-defined]
 
     def _sources(self) -> dict[str, list[tuple[nn.Module, str]]]:
-        return {f"{name} ← {weight.text}": weight.sources for name, weight in self.tied_weights.items()}
+        return {name: weight.sources for name, weight in self.tied_weights.items()}
 
     def _refuse(self, name: str) -> None:
         raise PeFxError(

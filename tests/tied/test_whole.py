@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization import get_default_qconfig_mapping, quantize_dynamic
@@ -17,7 +18,7 @@ import pe_fx
 from pe_fx import PeFxError, checkpoint
 
 X = torch.randn(6, 8)
-OUTSIDE = r"weight ← 0\.weightᵀ: its source, a Linear, is no part of this .*pe_fx\.untie\(model\)"
+OUTSIDE = r"weight is tied to the weight of a Linear, which is no part of this .*pe_fx\.untie\(model\)"
 
 
 def mlp(linear: type[nn.Linear] = nn.Linear, **options: Any) -> nn.Module:
@@ -51,12 +52,33 @@ TAKEN_OUT: dict[str, Callable[[Any], nn.Module]] = {
 def test_without_its_source_it_is_neither_saved_nor_loaded(how: str, tmp_path: Path) -> None:
     model = TAKEN_OUT[how](mlp())
     with pytest.raises(PeFxError, match=OUTSIDE):
-        model.state_dict()
+        torch.save(model.state_dict(), tmp_path / "file.pt")
+    with pytest.raises(PeFxError, match=OUTSIDE):
+        copy.deepcopy(model.state_dict())
+    tensors = {key: value for key, value in model.state_dict().items() if not key.startswith("0.")}  # of which some are quantized
+    with pytest.raises(ValueError, match=r"weight` is invalid, .*Outside"):
+        safetensors.torch.save_file(tensors, tmp_path / "file.safetensors")
     state = TAKEN_OUT[how](pe_fx.untie(mlp())).state_dict()
     with pytest.raises(PeFxError, match=OUTSIDE):
         model.load_state_dict(state, strict=False)
     with pytest.raises(PeFxError):
         checkpoint.save(model, tmp_path / "file.safetensors")
+
+
+def test_what_a_part_holds_can_be_listed() -> None:
+    assert list(mlp()[2].state_dict()) == ["bias", "weight"]  # as tools do, to see whether there is anything
+
+
+def test_another_module_that_holds_the_very_parameter_is_as_good() -> None:
+    tied = mlp()
+    other = nn.Linear(8, 16)
+    other.weight = tied[0].weight
+    tied[0] = other
+    state = tied.state_dict()
+    assert "2.weight" not in state
+    assert tied.load_state_dict(state)
+    with pytest.raises(PeFxError, match=OUTSIDE):
+        tied.load_state_dict(state, assign=True)  # would exchange it there, and not here
 
 
 def test_a_part_that_holds_both_is_saved() -> None:
