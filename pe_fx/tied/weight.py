@@ -222,6 +222,9 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements")
 
 
+living: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Every module that was given a tied weight: a source, which knows nothing of its ties, is found through them."""
+
 MIX = "pe_fx_mix"
 """The key of the mix in what a state_dict tells of a tied module."""
 
@@ -270,6 +273,10 @@ class Tied(Derived):
     @classmethod
     def attributes(cls, names: tuple[str, ...]) -> dict[str, Any]:
         return {name: _property(name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        living.add(self)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         ties = ", ".join(f"{name} ← {weight.text}" for name, weight in self.tied_weights.items())
@@ -380,6 +387,7 @@ def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parame
     if factors:
         module._parameters[gain_of(name)] = nn.Parameter(torch.cat(factors), requires_grad=dense.requires_grad)
     module.__dict__["tied_weights"] = {**module.__dict__.get("tied_weights", {}), name: weight}
+    living.add(module)
 
 
 def untie_weights(module: nn.Module, dense: dict[str, Tensor]) -> None:
