@@ -18,6 +18,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from pe_fx.errors import PeFxError
 from pe_fx.tied.derived import Derived, derive
+from pe_fx.tied.missing import whereabouts
 from pe_fx.ties import Plan, Ranges, Shape, gain_of
 
 
@@ -195,10 +196,8 @@ class TiedWeight:
         for module, attribute in self.sources:
             parameter = module._parameters.get(attribute)
             if parameter is None:
-                raise PeFxError(
-                    f"{name} ← {self.text}: the {attribute} of its source, {type(module).__name__}, is no parameter any more, as after "
-                    "pruning, weight_norm or parametrizing it. Remove that, then pe_fx.untie(model) and prune what that returns"
-                )
+                source = f"the {attribute} of its source, {type(module).__name__}, is no parameter any more"
+                raise PeFxError(f"{name} ← {self.text}: {source}. It {whereabouts(module, attribute)}")
             sources.append(parameter)
         own = owner._parameters
         if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *(each for each in own.values() if each is not None)))):
@@ -312,7 +311,12 @@ class Tied(Derived):
             kept: Tensor | None = self._parameters.get(name)  # type: ignore[attr-defined]
             if kept is None or param is None or param.shape != kept.shape:
                 stored = "" if kept is None else f", or the part that is stored here, {tuple(kept.shape)}"
-                raise PeFxError(f"{name} ← {self.tied_weights[name].text} cannot be set: set its source{stored}")
+                raise PeFxError(
+                    f"{name} ← {self.tied_weights[name].text} cannot be set: set its source{stored}, or take pe_fx.untie(model)"
+                )
+        elif param is not None and not isinstance(param, nn.Parameter):  # a tied weight by another name, as where it is pruned
+            ties = ", ".join(f"{tied} ← {weight.text}" for tied, weight in self.tied_weights.items())
+            raise PeFxError(f"{name} is given a tensor, not a parameter, since {ties} is tied: do that to pe_fx.untie(model) instead")
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def __delattr__(self, name: str) -> None:
