@@ -13,14 +13,14 @@
 fewer parameters, gradients and optimizer state at the same number of multiply-adds. A tied weight is a view of another one and has no
 name of its own in the state_dict; every other name stays, and so do the model's class and forward.
 
-    plan(model)        what transform would do: a Plan, to be printed, explained (`.explain()`) and kept (`.to_json()`)
-    transform(model)   the tied model
-    apply(model, plan) a model tied by a plan made earlier, say to load a checkpoint
-    verify(model)      a tied model against its dense twin: outputs and gradients
-    untie(model)       that twin, in the original architecture's own names
-    commit(model)      after `torch.compile(model, backend="pe_fx")`: ties the model as its compiled graphs are tied
-    pending(model)     the plan that commit would carry out
-    outside_ties(layer) whether a layer can be exchanged or converted by itself
+    plan(model)          what transform would do: a Plan, to be printed, explained (`.explain()`) and kept (`.to_json()`)
+    transform(model)     the tied model
+    apply(model, plan)   a model tied by a plan made earlier, say to load a checkpoint
+    verify(model)        a tied model against its dense twin: outputs and gradients
+    untie(model)         that twin, in the original architecture's own names
+    commit(model)        after `torch.compile(model, backend="pe_fx")`: ties the model as its compiled graphs are tied
+    pending(model)       the plan that commit would carry out
+    outside_ties(layer)  whether a layer can be exchanged or converted by itself
 
 What cannot be done raises `PeFxError` (`CaptureError`: no graph) and leaves the model as it was; `NoSitesWarning`: nothing to tie.
 By their own names are imported: `pe_fx.checkpoint` (files), `pe_fx.distributed` (FSDP2, tensor parallel), `pe_fx.timm` (tied twins of

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pe_fx.errors import PeFxError
 from pe_fx.tied.partners import outside_ties
-from pe_fx.tied.weight import Tied, TiedWeight, stored, tied_weights_in
+from pe_fx.tied.weight import Tied, TiedWeight, tied_weights_in
 
 
 def check_merge(layer: BaseTunerLayer, name: str = "") -> None:
@@ -82,11 +82,15 @@ def _is_copy(module: nn.Module, original: nn.Module) -> bool:
     )
 
 
+def _sources(weights: list[TiedWeight]) -> list[Tensor]:
+    parameters = [source._parameters.get(name) for weight in weights for source, name in weight.sources]
+    return [parameter for parameter in parameters if parameter is not None]
+
+
 @contextmanager
 def _sealed(weights: list[TiedWeight]) -> Iterator[None]:
     """Refuses to write to the sources of ties, and to what a tied weight was put together in when it was read."""
-    sources = [stored(source, name) for weight in weights for source, name in weight.sources]
-    storages: weakref.WeakSet[UntypedStorage] = weakref.WeakSet(source.untyped_storage() for source in sources)
+    storages: weakref.WeakSet[UntypedStorage] = weakref.WeakSet(source.untyped_storage() for source in _sources(weights))
 
     def refuse(written: object) -> None:
         if isinstance(written, Tensor) and written.untyped_storage() in storages:
@@ -151,8 +155,8 @@ def _injected(inject: Callable[..., None], self: BaseTuner, model: nn.Module, ad
     children = [(module, dict(module._modules)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     if not any(isinstance(module, BaseTunerLayer) for module, _ in children):
-        for source, name in (source for weight in weights for source in weight.sources):
-            stored(source, name).requires_grad_(False)  # as PEFT does next, by then maybe to a tied weight, which is no leaf
+        for source in _sources(weights):
+            source.requires_grad_(False)  # as PEFT does next, by then maybe to a tied weight, which is no leaf
     try:
         with _sealed(weights):
             inject(self, model, adapter_name, *args, **kwargs)

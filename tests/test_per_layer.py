@@ -198,10 +198,21 @@ def test_fsdp1_with_flat_parameters_names_what_to_do() -> None:
     try:
         wrap = functools.partial(FullyShardedDataParallel, device_id=torch.device("cpu"))
         torch.testing.assert_close(wrap(tied(), use_orig_params=True)(X), tied()(X))
-        with pytest.raises(PeFxError, match=r"was taken out of it, as FSDP1 does.*use_orig_params=True.*pe_fx\.distributed\.fully_shard"):
+        with pytest.raises(PeFxError, match=r"was taken out of it\. FSDP1 does that unless use_orig_params=True.*pe_fx\.distributed\.fully_shard"):
             wrap(tied(), use_orig_params=False)(X)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_source_whose_weight_another_layer_has_taken_names_what_to_do() -> None:
+    """As layers for quantized weights are made."""
+    model = tied()
+    taken = nn.Linear(32, 64)
+    taken.weight = model[0].weight
+    del model[0].weight
+    model[0] = taken
+    with pytest.raises(PeFxError, match=r"was taken out of it.*pe_fx\.untie.*pe_fx\.outside_ties"):
+        model(X)
 
 
 @pytest.mark.parametrize(("build", "layer"), [(mlp, "2"), (vit, "blocks.0.attn.qkv"), (vit, "blocks.1.mlp.fc2")])

@@ -18,6 +18,6 @@ def whereabouts(module: nn.Module, name: str) -> str:
     if made_of:
         return f"is computed from {made_of}, as under pruning, weight_norm or spectral_norm: remove that, and do it to pe_fx.untie(model)"
     return (
-        "was taken out of it, as FSDP1 does for a flat parameter of its own: pass it use_orig_params=True, or take FSDP2, "
-        "pe_fx.distributed.fully_shard(model). Anything else: pe_fx.untie(model) before"
+        "was taken out of it. FSDP1 does that unless use_orig_params=True, FSDP2 (pe_fx.distributed.fully_shard) does not; tools that put "
+        "other layers in place of these do: take pe_fx.untie(model), or leave the layers in ties out (pe_fx.outside_ties)"
     )
