@@ -13,13 +13,14 @@
 fewer parameters, gradients and optimizer state at the same number of multiply-adds. A tied weight is a view of another one and has no
 name of its own in the state_dict; every other name stays, and so do the model's class and forward.
 
-    plan(model)        what transform would do: a Plan, to be printed, explained (`.explain()`) and kept (`.to_json()`)
-    transform(model)   the tied model
-    apply(model, plan) a model tied by a plan made earlier, say to load a checkpoint
-    verify(model)      a tied model against its dense twin: outputs and gradients
-    untie(model)       that twin, in the original architecture's own names
-    commit(model)      after `torch.compile(model, backend="pe_fx")`: ties the model as its compiled graphs are tied
-    pending(model)     the plan that commit would carry out
+    plan(model)          what transform would do: a Plan, to be printed, explained (`.explain()`) and kept (`.to_json()`)
+    transform(model)     the tied model
+    apply(model, plan)   a model tied by a plan made earlier, say to load a checkpoint
+    verify(model)        a tied model against its dense twin: outputs and gradients
+    untie(model)         that twin, in the original architecture's own names
+    commit(model)        after `torch.compile(model, backend="pe_fx")`: ties the model as its compiled graphs are tied
+    pending(model)       the plan that commit would carry out
+    outside_ties(layer)  whether a layer can be exchanged or converted by itself
 
 What cannot be done raises `PeFxError` (`CaptureError`: no graph) and leaves the model as it was; `NoSitesWarning`: nothing to tie.
 By their own names are imported: `pe_fx.checkpoint` (files), `pe_fx.distributed` (FSDP2, tensor parallel), `pe_fx.timm` (tied twins of
@@ -38,16 +39,31 @@ if TYPE_CHECKING:
     from pe_fx.api import apply, plan, transform
     from pe_fx.compiled.ledger import commit, pending
     from pe_fx.errors import CaptureError, NoSitesWarning, PeFxError
+    from pe_fx.tied.partners import outside_ties
     from pe_fx.tied.twin import untie, verify
     from pe_fx.ties import Plan
 
-__all__ = ["CaptureError", "NoSitesWarning", "PeFxError", "Plan", "apply", "commit", "pending", "plan", "transform", "untie", "verify"]
+__all__ = [
+    "CaptureError",
+    "NoSitesWarning",
+    "PeFxError",
+    "Plan",
+    "apply",
+    "commit",
+    "outside_ties",
+    "pending",
+    "plan",
+    "transform",
+    "untie",
+    "verify",
+]
 
 _HOMES = {
     "api": ("apply", "plan", "transform"),
     "errors": ("CaptureError", "NoSitesWarning", "PeFxError"),
     "compiled.ledger": ("commit", "pending"),
     "ties": ("Plan",),
+    "tied.partners": ("outside_ties",),
     "tied.twin": ("untie", "verify"),
 }
 

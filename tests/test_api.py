@@ -18,8 +18,6 @@ import pytest
 import torch
 from oracle import Net, assert_hit, linear, ties
 from torch import Tensor, nn
-from torch.nn.utils import prune
-from torch.nn.utils.parametrizations import weight_norm
 
 import pe_fx
 from pe_fx import CaptureError, NoSitesWarning, PeFxError, Plan
@@ -417,14 +415,6 @@ def test_a_tied_weight_is_neither_set_nor_deleted(value: nn.Parameter | Tensor |
             with pytest.raises(PeFxError, match=f"{text} is tied, and can be neither set nor deleted"):
                 change(module)
     assert torch.equal(tied(x), before)
-
-
-@pytest.mark.parametrize("change", [lambda m: prune.l1_unstructured(m, "weight", 0.5), weight_norm], ids=["pruned", "weight_norm"])
-def test_a_source_that_is_no_parameter_any_more(change: Callable[[nn.Module], object]) -> None:
-    tied = pe_fx.transform(mlp(), X)
-    change(tied[0])
-    with pytest.raises(PeFxError, match=r"weight ← 0\.weightᵀ: the weight of its source, \w+, is no parameter any more.*pruning"):
-        tied(X)
 
 
 # ---- JSON

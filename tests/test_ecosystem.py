@@ -13,7 +13,6 @@ from typing import Any
 import accelerate
 import onnx
 import onnxruntime
-import peft
 import pytest
 import timm
 import torch
@@ -22,10 +21,8 @@ from accelerate.state import AcceleratorState
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import pe_fx
-import pe_fx.peft
 from pe_fx import PeFxError, checkpoint
 
 DRAWN = torch.Generator().manual_seed(0)  # other modules draw theirs while they are imported
@@ -207,79 +204,6 @@ def test_optimizer_with_layer_decay() -> None:
     assert len(found) < len(expected)
     assert found == {name: expected[name] for name in found}
     assert len({scale for scale, _ in found.values()}) > 2
-
-
-# ---- PEFT
-
-
-def adapted(model: nn.Module, *modules: str) -> Any:
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(modules), init_lora_weights=False))
-
-
-def test_lora_trains_beside_a_frozen_tied_matrix() -> None:
-    base = tied(mlp)
-    model = adapted(copy.deepcopy(base), "0", "2")
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
-    history = []
-    for _ in range(20):
-        loss = (model(X) - 1).square().mean()
-        history.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert history[-1] < 0.7 * history[0]
-    assert same(model.unload(), base)
-
-
-@pytest.mark.parametrize("saved", ["0", "2"])
-def test_a_copy_of_one_side_of_a_tie_is_refused(saved: str) -> None:
-    model = pe_fx.transform(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.Linear(4, 4)), torch.randn(2, 4))
-    config = peft.LoraConfig(r=2, target_modules=["3"], modules_to_save=[saved])
-    with pytest.raises(PeFxError, match=f"{saved} is in modules_to_save.*untie"):
-        peft.get_peft_model(copy.deepcopy(model), config)
-    assert peft.get_peft_model(pe_fx.untie(model), config)(torch.randn(2, 4)).shape == (2, 4)
-
-
-@pytest.mark.parametrize("safe", [False, True])
-def test_lora_of_a_tied_model_is_merged_into_its_dense_twin(safe: bool) -> None:
-    model = adapted(tied(mlp), "0", "2", "4")
-    expected = model(X)
-    merged = pe_fx.untie(model).merge_and_unload(safe_merge=safe)
-    torch.testing.assert_close(merged(X), expected)
-    assert isinstance(merged[2], nn.Linear)
-    assert not isinstance(merged[2], pe_fx.tied.weight.Tied)
-
-
-@pytest.mark.parametrize("adapted_module", ["0", "2"], ids=["source", "target"])
-def test_merging_into_a_tied_matrix_is_refused(adapted_module: str) -> None:
-    model = adapted(tied(mlp), adapted_module)
-    before = copy.deepcopy(model)
-    for merge in (model.merge_and_unload, model.merge_adapter):
-        with pytest.raises(PeFxError, match=rf"the adapter of {adapted_module} cannot be merged.*pe_fx\.untie"):
-            merge()
-    assert same(model, before)
-
-
-def test_merging_into_another_matrix_of_a_tied_model() -> None:
-    model = adapted(tied(mlp), "4")
-    expected = model(X)
-    torch.testing.assert_close(model.merge_and_unload()(X), expected)
-
-
-# ---- torchao
-
-
-def test_int8_after_training() -> None:
-    model = tied(mlp)
-    dense = pe_fx.untie(model)
-    quantize_(dense, Int8WeightOnlyConfig())
-    assert "Int8Tensor" in type(dense[2].weight.data).__name__
-    torch.testing.assert_close(dense(X), model(X), atol=0.03, rtol=0.03)
-
-
-def test_int8_of_a_tied_matrix_is_refused() -> None:
-    with pytest.raises(PeFxError, match=r"weight ← 0\.weightᵀ: the source cannot be viewed any more .*Quantize pe_fx\.untie"):
-        quantize_(tied(mlp), Int8WeightOnlyConfig())
 
 
 # ---- export

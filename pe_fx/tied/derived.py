@@ -22,6 +22,11 @@ class Derived:
     dense_class: type
     derivation: tuple[type, Steps]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """`type(module)(...)`, as tools make a module like another one, makes one of the class before."""
+        self.__class__ = self.dense_class  # type: ignore[assignment]
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
     @classmethod
     def attributes(cls, names: tuple[str, ...]) -> dict[str, Any]:
         """What the subclass gets for `names`."""

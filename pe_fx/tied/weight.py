@@ -19,6 +19,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from pe_fx.errors import PeFxError
 from pe_fx.tied.derived import Derived, derive
+from pe_fx.tied.missing import whereabouts
 from pe_fx.tied.placed import placed
 from pe_fx.tied.read_only import ReadOnly, read_only
 from pe_fx.tied.whole import check_loaded, outside_saved
@@ -206,10 +207,8 @@ class TiedWeight:
         for module, attribute in self.sources:
             parameter = module._parameters.get(attribute)
             if parameter is None:
-                raise PeFxError(
-                    f"{name} ← {self.text}: the {attribute} of its source, {type(module).__name__}, is no parameter any more, as after "
-                    "pruning, weight_norm or parametrizing it. Remove that, then pe_fx.untie(model) and prune what that returns"
-                )
+                source = f"the {attribute} of its source, {type(module).__name__}, is no parameter any more"
+                raise PeFxError(f"{name} ← {self.text}: {source}. It {whereabouts(module, attribute)}")
             sources.append(placed(parameter, module, attribute, beside, f"{name} ← {self.text}"))
         if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *(each for each in own.values() if each is not None)))):
             raise PeFxError(
@@ -246,6 +245,9 @@ def is_sharded(parameter: Tensor) -> bool:
     """Whether it is a DTensor, the class of which takes long to import."""
     return hasattr(parameter, "placements")
 
+
+living: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Every module that was given a tied weight: a source, which knows nothing of its ties, is found through them."""
 
 MIX = "pe_fx_mix"
 """The key of the mix in what a state_dict tells of a tied module."""
@@ -295,6 +297,10 @@ class Tied(Derived):
     @classmethod
     def attributes(cls, names: tuple[str, ...]) -> dict[str, Any]:
         return {name: _property(name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        living.add(self)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         ties = ", ".join(f"{name} ← {weight.text}" for name, weight in self.tied_weights.items())
@@ -458,6 +464,7 @@ def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parame
     if factors:
         own[gain_of(name)] = nn.Parameter(torch.cat(factors), requires_grad=dense.requires_grad)
     module.__dict__["tied_weights"] = {**module.__dict__.get("tied_weights", {}), name: weight}
+    living.add(module)
 
 
 def untie_weights(module: nn.Module, dense: dict[str, nn.Parameter]) -> None:
