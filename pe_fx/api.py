@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import functools
 import math
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from pe_fx.copies import copied
 from pe_fx.errors import NoSitesWarning, PeFxError, check_one_of
 from pe_fx.graph.capture import Captured, capture
 from pe_fx.graph.flow import Flow
@@ -174,7 +174,7 @@ def apply(model: nn.Module, plan: Plan, *, init: str = "keep", inplace: bool = F
     that `plan` would leave them alone: frozen beside a trained one, of another dtype or device, used in other places too.
     """
     check_one_of("init", init, INITS)
-    result = model if inplace else copy.deepcopy(model)
+    result = model if inplace else copied(model)
     if isinstance(result, fx.GraphModule) and not any(True for _ in result.parameters()):
         rewrite_graph(result, plan)
     else:
