@@ -70,7 +70,7 @@ def by_attributes(module: nn.Module, memo: Memo) -> nn.Module:
 def state_of(module: nn.Module) -> dict[str, Any] | None:
     """The attributes that the module's class gives to who copies or pickles it; None where it gives something else, or nothing."""
     with contextlib.suppress(Exception):  # a class may refuse to be pickled
-        state = module.__getstate__()
+        state: Any = module.__getstate__()  # type: ignore[no-untyped-call]
         if isinstance(state, dict) and "_parameters" in state:
             return state
     return None
@@ -92,7 +92,7 @@ def _copies_itself(cls: type) -> bool:
     own = getattr(cls, "__deepcopy__", None)
     if own is not None:
         return own is not by_attributes
-    return (cls.__reduce__, cls.__reduce_ex__) != (object.__reduce__, object.__reduce_ex__)
+    return any(getattr(cls, name) is not getattr(object, name) for name in ("__reduce__", "__reduce_ex__"))
 
 
 def _holds_copies(module: nn.Module, memo: Memo) -> bool:
@@ -115,7 +115,7 @@ def _fill(shell: nn.Module, module: nn.Module, memo: Memo, place: str, stand_in:
 
     state = state_of(module)
     if state is not None:
-        shell.__setstate__(each(state))
+        shell.__setstate__(each(state))  # type: ignore[no-untyped-call]
         return
     plain: Any = object.__getstate__(module)  # type: ignore[attr-defined]
     attributes, slots = plain if isinstance(plain, tuple) else (plain, {})

@@ -85,9 +85,10 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
     The default `tolerance` of the relative error is 1e-4, for half precision 1e-2 and for bfloat16 5e-2.
     The gradient of a source must be the sum of the twin's gradients, mapped through the ties. Random operations draw the same
     numbers in both. Parameters that are constant, such as a scale that starts at zero, are given other values in the copies that
-    are compared, lest they hide an error. The report says so where there is no floating-point or no finite output, where the twin's own
-    backward raises, where no gradient reaches a tied weight, and where the twin does not even equal itself, since it seeds random numbers of
-    its own. The model itself is not touched. Raises `PeFxError` where nothing in the model is tied.
+    are compared, lest they hide an error. The report says so where there is no floating-point output or no finite one, where the
+    twin's own backward raises, where no gradient reaches a tied weight, and where the twin does not even equal itself, since it seeds
+    random numbers of its own. The model itself is not touched. Raises `PeFxError` where nothing in the model is tied, or the model
+    cannot be copied.
     """
     tied_modules = [module for module in model.modules() if isinstance(module, Tied)]
     if not tied_modules:
