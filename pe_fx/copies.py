@@ -104,24 +104,17 @@ def _holds_copies(module: nn.Module, memo: Memo) -> bool:
 def _shell(module: nn.Module, lend: bool = False) -> nn.Module:
     cls = type(module)
     if lend and hasattr(cls, "__del__"):  # what it would free is the module's
-        cls = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__del__": lambda self: None})
+        keeping = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__del__": lambda self: None}
+        cls = type(cls.__name__, (cls,), keeping)
     shell: nn.Module = object.__new__(cls)
     return shell
 
 
 def _fill(shell: nn.Module, module: nn.Module, memo: Memo, place: str, stand_in: StandIn) -> None:
-    def each(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: _deep(value, memo, f"{place}.{name}".lstrip("."), stand_in) for name, value in values.items()}
-
     state = state_of(module)
-    if state is not None:
-        shell.__setstate__(each(state))  # type: ignore[no-untyped-call]
-        return
-    plain: Any = object.__getstate__(module)  # type: ignore[attr-defined]
-    attributes, slots = plain if isinstance(plain, tuple) else (plain, {})
-    vars(shell).update(each(attributes))
-    for name, value in each(slots).items():
-        object.__setattr__(shell, name, value)
+    attributes: dict[str, Any] = nn.Module.__getstate__(module) if state is None else state  # type: ignore[no-untyped-call]
+    new = {name: _deep(value, memo, f"{place}.{name}".lstrip("."), stand_in) for name, value in attributes.items()}
+    (nn.Module if state is None else type(shell)).__setstate__(shell, new)  # type: ignore[no-untyped-call]
 
 
 def _deep(value: Any, memo: Memo, place: str, stand_in: StandIn) -> Any:

@@ -245,24 +245,24 @@ _FLATTENED = f"{_Flattened.__module__}.{_Flattened.__qualname__}"
 
 
 def _sharing_copy(model: nn.Module, training: bool, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of the module tree in one of its modes that holds the very tensors of the original, or such in another dtype.
+    """A copy of the module tree in one of its modes that holds the very parameters and buffers of the original, or such in another dtype.
 
-    A `train` of a module's own may write to its weights, as one that merges adapters into them: there, they are copied.
+    Other tensors are copied: export replaces none of them while a forward runs that may write to them. So may a `train` of a
+    module's own write to its weights, as one that merges adapters into them.
     """
-    modules = modules_in(model)
     changes = any(module.training is not training for module in model.modules())
-    writers = [module for module in modules if changes and type(module).train is not nn.Module.train]
-    written = {id(tensor) for writer in writers for module in modules_in(writer) for tensor in _tensors_of(module)}
-    tensors = {id(tensor): _in_dtype(tensor, dtype) for module in modules for tensor in _tensors_of(module) if id(tensor) not in written}
-    result = copied(model, tensors, lend=True)
+    writers = [module for module in model.modules() if changes and type(module).train is not nn.Module.train]
+    own = {id(tensor) for module in writers for tensor in (*module.parameters(), *module.buffers())}
+    shared = {id(tensor) for tensor in (*model.parameters(), *model.buffers())} - own
+    known = {}
+    for tensor in (leaf for module in modules_in(model) for leaf in pytree.tree_leaves(dict(vars(module))) if isinstance(leaf, Tensor)):
+        new = _in_dtype(tensor, dtype)
+        if new is not tensor or id(tensor) in shared:
+            known[id(tensor)] = new
+    result = copied(model, known, lend=True)
     for module in result.modules():
         module._apply = functools.partial(_convert, module)  # type: ignore[method-assign]
     return result.train(training) if changes else result
-
-
-def _tensors_of(module: nn.Module) -> list[Tensor]:
-    """The parameters, buffers and other tensors that a module holds, those of modules in it not among them."""
-    return [value for value in pytree.tree_leaves(dict(vars(module))) if isinstance(value, Tensor)]
 
 
 def _convert(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
