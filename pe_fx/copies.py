@@ -114,7 +114,10 @@ def _fill(shell: nn.Module, module: nn.Module, memo: Memo, place: str, stand_in:
     state = state_of(module)
     attributes: dict[str, Any] = nn.Module.__getstate__(module) if state is None else state  # type: ignore[no-untyped-call]
     new = {name: _deep(value, memo, f"{place}.{name}".lstrip("."), stand_in) for name, value in attributes.items()}
-    (nn.Module if state is None else type(shell)).__setstate__(shell, new)  # type: ignore[no-untyped-call]
+    try:
+        (nn.Module if state is None else type(shell)).__setstate__(shell, new)  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever a class does to make itself anew
+        raise PeFxError(_refusal(module, module, place, error)) from error
 
 
 def _deep(value: Any, memo: Memo, place: str, stand_in: StandIn) -> Any:

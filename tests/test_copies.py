@@ -236,6 +236,21 @@ def test_a_layer_that_pickles_something_else() -> None:
     assert pe_fx.verify(pickle.loads(pickle.dumps(pe_fx.transform(mlp(Handled), X))), X)
 
 
+def test_a_layer_that_makes_itself_anew() -> None:
+    class Anew(nn.Linear):
+        def __setstate__(self, state: Any) -> None:
+            self.__init__(state["in_features"], state["out_features"])  # type: ignore[misc]
+            self.weight.data = state["_parameters"]["weight"].data
+
+    tied = pe_fx.transform(mlp(Anew), X)
+    for function in (copy.deepcopy, pe_fx.untie, pe_fx.verify):
+        with pytest.raises(PeFxError, match=r"cannot be copied .*inplace=True"):
+            function(tied)
+    before = tied(X)
+    assert torch.allclose(pe_fx.untie(tied, inplace=True)(X), before, atol=1e-6)
+    assert type(copy.deepcopy(tied)[2]) is Anew
+
+
 class Block(nn.Module):
     """Copied by building a new one, which takes what it finds."""
 

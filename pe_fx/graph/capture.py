@@ -54,8 +54,9 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
 
     `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments; derived where left out. A GraphModule
     whose nodes carry their values (from torch.export or Dynamo) is read as it is; anything else goes through
-    `torch.export.export(strict=False)`, in train mode first. Nothing is computed, no weight is copied. What export refuses for its
-    dtype, such as a grouped product of float32, is captured in another; or else recorded, while a copy of the model runs once.
+    `torch.export.export(strict=False)`, in train mode first. Nothing is computed, and no weight is copied but those to which a `train`
+    of a module's own may write. What export refuses for its dtype, such as a grouped product of float32, is captured in another; or
+    else recorded, while a copy of the model runs once.
 
     Raises `CaptureError` where neither mode exports.
     """
