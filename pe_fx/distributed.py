@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from pe_fx.errors import PeFxError
-from pe_fx.tied.weight import Tied, stored, tied_weights_in
+from pe_fx.tied.weight import Tied, tied_weights_in
 from pe_fx.ties import Plan, Site
 
 _WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)
@@ -247,4 +247,4 @@ def _read(module: nn.Module) -> Iterator[Tensor]:
     """The stored parameters that a module itself reads: its own and those it is tied to."""
     yield from (parameter for parameter in module._parameters.values() if parameter is not None)
     for weight in module.tied_weights.values() if isinstance(module, Tied) else ():
-        yield from (stored(*source) for source in weight.sources)
+        yield from (source.get_parameter(attribute) for source, attribute in weight.sources)

@@ -58,6 +58,11 @@ def gain_of(name: str) -> str:
     return f"{name}_gain"
 
 
+def kept_of(name: str) -> str:
+    """The parameter that holds what is left of a tied weight."""
+    return f"{name}_kept"
+
+
 def _trimmed(shape: Shape, axes: tuple[int, int]) -> Shape:
     """A 1x1 convolution's kernel dimensions count for nothing."""
     last = max(axes) + 1

@@ -152,9 +152,8 @@ def _tie_dense_weights(
 
 def _is_dense(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
     """Whether every weight that the model has tied away, as a whole or in part, is there as a whole."""
-    stored = model.state_dict()
     tied = [name for name, *_ in tied_weights_in(model)]
-    return bool(tied) and all(name in state_dict and (name not in stored or state_dict[name].shape != stored[name].shape) for name in tied)
+    return bool(tied) and all(name in state_dict for name in tied)
 
 
 def _register_all() -> None:

@@ -121,19 +121,20 @@ def assert_equals_twin(dense: nn.Module, tied: nn.Module, plan: Plan, inputs: In
             gain.uniform_(0.5, 2)
     twin = dense_twin(dense, plan, gains)
     kept = {name: _untied(twin.get_parameter(name), plan, name) for name, _ in dense.named_parameters()}
-    kept = {name: mask for name, mask in kept.items() if bool(mask.any())}
+    now = {name: name if bool(mask.all()) else f"{name}_kept" for name, mask in kept.items() if bool(mask.any())}
     stored = {name: parameter for name, parameter in tied.named_parameters() if name not in gains}
-    assert set(stored) == set(kept), f"parameters differ: {sorted(set(stored) ^ set(kept))}"
+    assert set(stored) == set(now.values()), f"parameters differ: {sorted(set(stored) ^ set(now.values()))}"
     assert set(gains) == {f"{tie.target}_gain" for tie in plan.ties if tie.gain is not None}
-    for name, mask in kept.items():
-        assert stored[name].numel() == int(mask.sum()), f"{name} stores {tuple(stored[name].shape)} for {int(mask.sum())} untied entries"
+    for name, own in now.items():
+        entries = int(kept[name].sum())
+        assert stored[own].numel() == entries, f"{own} stores {tuple(stored[own].shape)} for {entries} untied entries"
     for training in (True, False):
         mode = "train" if training else "eval"
         got, expected = _run(copy.deepcopy(tied).train(training), inputs), _run(copy.deepcopy(twin).train(training), inputs)
         _compare(got.outputs, expected.outputs, f"{mode} output", tolerance)
         _compare(got.buffers, expected.buffers, f"{mode} buffer", tolerance)
         _compare(got.input_gradients, expected.input_gradients, f"{mode} gradient of input", tolerance)
-        mapped = {name: _mapped(name, expected.gradients, plan, mask, stored[name].shape, gains) for name, mask in kept.items()}
+        mapped = {own: _mapped(name, expected.gradients, plan, kept[name], stored[own].shape, gains) for name, own in now.items()}
         mapped |= {name: _gain_gradient(name, expected.gradients, plan, twin, gain) for name, gain in gains.items()}
         _compare(got.gradients, mapped, f"{mode} gradient of", tolerance)
 

@@ -387,23 +387,36 @@ def attention() -> nn.Module:
     return Net(forward, qkv=linear(8, 24), proj=linear(8, 8))
 
 
-@pytest.mark.parametrize("value", [nn.Parameter(torch.ones(24, 8)), nn.Parameter(torch.ones(8, 24)), None], ids=["dense", "other", "None"])
-def test_a_partly_tied_weight_is_set_by_what_is_stored(value: nn.Parameter | None) -> None:
+def test_what_is_left_of_a_partly_tied_weight_is_a_parameter_like_others() -> None:
     x = torch.randn(2, 5, 8)
-    tied = pe_fx.transform(attention(), x)
-    before = tied(x)
-    with pytest.raises(PeFxError, match=r"weight ← qkv\.weight\[8:16\]ᵀ cannot be set: set its source, or .* \(16, 8\)"):
-        tied.qkv.weight = value
-    with pytest.raises(PeFxError, match=r"weight ← qkv\.weight\[0:8\]ᵀ cannot be set: set its source$"):
-        tied.proj.weight = nn.Parameter(torch.ones(8, 8))
-    for module in (tied.qkv, tied.proj):
-        with pytest.raises(PeFxError, match="cannot be deleted"):
-            del module.weight
-    assert torch.equal(tied(x), before)
-    tied.qkv.weight = nn.Parameter(torch.ones(16, 8))
+    dense = attention()
+    tied = pe_fx.transform(dense, x)
+    assert list(dict(tied.qkv.named_parameters())) == ["weight_kept", "bias"]  # in the place of the weight: an optimizer's order
+    for name, parameter in tied.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        assert getattr(tied.get_submodule(owner), attribute) is tied.get_parameter(name) is parameter
+    tied.qkv.weight_kept = nn.Parameter(torch.ones(16, 8))
     assert torch.equal(tied.proj.weight, torch.ones(8, 8))
     tied.load_state_dict(pe_fx.transform(attention(), x).state_dict(), assign=True)
     assert pe_fx.verify(tied, x)
+    assert list(pe_fx.untie(tied).state_dict()) == list(dense.state_dict())
+
+
+@pytest.mark.parametrize("value", [nn.Parameter(torch.ones(24, 8)), torch.ones(24, 8), None], ids=["parameter", "tensor", "None"])
+def test_a_tied_weight_is_neither_set_nor_deleted(value: nn.Parameter | Tensor | None) -> None:
+    x = torch.randn(2, 5, 8)
+    tied = pe_fx.transform(attention(), x)
+    before = tied(x)
+    for module, text in ((tied.qkv, r"weight ← qkv\.weight\[8:16\]ᵀ"), (tied.proj, r"weight ← qkv\.weight\[0:8\]ᵀ")):
+        for change in (
+            lambda m: setattr(m, "weight", value),
+            lambda m: delattr(m, "weight"),
+            lambda m: m.register_buffer("weight", torch.ones(1)),
+            lambda m: m.register_parameter("weight", None),
+        ):
+            with pytest.raises(PeFxError, match=f"{text} is tied, and can be neither set nor deleted"):
+                change(module)
+    assert torch.equal(tied(x), before)
 
 
 @pytest.mark.parametrize("change", [lambda m: prune.l1_unstructured(m, "weight", 0.5), weight_norm], ids=["pruned", "weight_norm"])

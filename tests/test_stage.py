@@ -391,7 +391,7 @@ TOKENS = torch.randn(2, 5, 8)
 
 
 def kept(model: nn.Module, part: str) -> list[str]:
-    return [name for name in model.state_dict() if name.endswith("weight") and part in name]
+    return [name for name in model.state_dict() if name.endswith(("weight", "weight_kept")) and part in name]
 
 
 def test_feed_forward_and_attention_are_not_shared_by_default() -> None:

@@ -312,7 +312,7 @@ def test_where_only_rows_are_tied_the_shape_tells() -> None:
     model.load_state_dict(tied.state_dict())
     assert_same(model, tied.state_dict())
     model.load_state_dict(dense.state_dict())
-    assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], dense.blocks[0].attn.qkv.weight[:64])
+    assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight_kept"], dense.blocks[0].attn.qkv.weight[:64])
 
 
 def test_weights_of_another_twin_are_refused() -> None:

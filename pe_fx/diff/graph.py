@@ -17,7 +17,7 @@ from pe_fx.graph.inputs import ExampleInputs
 from pe_fx.graph.operation import shape_of
 from pe_fx.graph.ops import KINDS, Kind, base_name, value_of
 from pe_fx.tied.owners import owners_in
-from pe_fx.tied.weight import Tied, stored
+from pe_fx.tied.weight import Tied, before_tied
 from pe_fx.ties import Shape
 
 _MODES = ("train", "training", "cudnn_enabled")
@@ -96,8 +96,9 @@ class Graph:
     def of(cls, model: nn.Module, example_inputs: ExampleInputs | Captured | None = None, name: str = "") -> Graph:
         """The picture of a model; `example_inputs` as in `pe_fx.plan`. Raises `CaptureError` where it cannot be captured."""
         captured = example_inputs if isinstance(example_inputs, Captured) else capture(model, example_inputs)
-        nodes = _Reader(canonical(captured, owners_in(model)), model).nodes
-        parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        names = {name: _plan_name(model, name) for name, _ in model.named_parameters()}
+        nodes = _Reader(canonical(captured, owners_in(model)), model, names).nodes
+        parameters = {names[name]: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         modules = {path: _class_name(module) for path, module in model.named_modules()}
         for node in nodes.values():  # an exported program's tree may lack what the graph remembers
             for path in path_to(node.module):
@@ -127,6 +128,12 @@ class Graph:
         return sum(map(math.prod, self.parameters.values()))
 
 
+def _plan_name(model: nn.Module, name: str) -> str:
+    """The name that a parameter has in plans: what is left of a tied weight goes by the weight's."""
+    path, _, attribute = name.rpartition(".")
+    return name.removesuffix(attribute) + before_tied(model.get_submodule(path), attribute)
+
+
 def path_to(module: str) -> list[str]:
     """The module and those around it but the root, outermost first; the root alone for itself.
 
@@ -140,9 +147,10 @@ def path_to(module: str) -> list[str]:
 class _Reader:
     """Reads a captured graph into nodes."""
 
-    def __init__(self, captured: Captured, model: nn.Module) -> None:
+    def __init__(self, captured: Captured, model: nn.Module, names: dict[str, str]) -> None:
         self._captured = captured
         self._model = model
+        self._names = names
         self._operands: dict[fx.Node, Operand] = {}
         self.nodes: dict[str, Node] = {}
         for node, operands in live_operands(captured.graph).items():
@@ -155,7 +163,7 @@ class _Reader:
     def _operand(self, node: fx.Node, operands: list[fx.Node]) -> Operand | None:
         """What the node is of the parameters, where it is nothing else."""
         if node in self._captured.weights:
-            return Operand("{0}", (self._captured.weights[node],), shape_of(value_of(node)))
+            return Operand("{0}", (self._name(self._captured.weights[node]),), shape_of(value_of(node)))
         if node.op == "get_attr":
             return self._tied(str(node.target))
         is_view = node.op.startswith("call") and (KINDS.get(base_name(node)) is Kind.VIEW or base_name(node) in (*_IDENTITIES, *_SCALED))
@@ -165,6 +173,9 @@ class _Reader:
         places = {name: f"{{{place}}}" for place, name in enumerate(dict.fromkeys(name for operand in known for name in operand.names))}
         views = [operand.view.format(*map(places.__getitem__, operand.names)) for operand in known]
         return Operand(_view(node, views), tuple(places), shape_of(value_of(node)))
+
+    def _name(self, name: str) -> str:
+        return self._names.get(name, name)
 
     def _tied(self, name: str) -> Operand | None:
         """A weight that the graph reads as an attribute, where that is a view of others."""
@@ -176,8 +187,8 @@ class _Reader:
         if not isinstance(owner, Tied) or attribute not in owner.tied_weights:
             return None
         tied = owner.tied_weights[attribute]
-        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        sources = tuple(names[id(stored(*source))] for source in tied.sources)
+        names = {id(parameter): self._name(name) for name, parameter in self._model.named_parameters()}
+        sources = tuple(names[id(source.get_parameter(attribute))] for source, attribute in tied.sources)
         return Operand(tied.text, sources, tuple(getattr(owner, attribute).shape))
 
     def _node(self, node: fx.Node, operands: list[fx.Node]) -> Node:

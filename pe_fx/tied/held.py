@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from pe_fx.errors import PeFxError
-from pe_fx.tied.weight import tied_weights_in
+from pe_fx.tied.weight import before_tied, tied_weights_in
 from pe_fx.ties import Plan, Site
 
 Rename = Callable[[str], str]
@@ -37,7 +37,7 @@ def held_plan(model: nn.Module) -> Plan | None:
         for source, (owner, name) in zip(sources, weight.sources, strict=True):
             if id(owner) not in paths:
                 raise PeFxError(f"{full} is tied to {source}, which is no part of this model: take the whole, or pe_fx.untie it")
-            path = paths[id(owner)]
+            path, name = paths[id(owner)], before_tied(owner, name)
             now[source] = f"{path}.{name}" if path else name
     if not plans:
         return None

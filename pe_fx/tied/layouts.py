@@ -56,7 +56,7 @@ def axis_of(ties: list[Tie]) -> int:
     return axes.pop() if axes else 0
 
 
-def kept_of(ties: list[Tie]) -> Ranges:
+def kept_ranges(ties: list[Tie]) -> Ranges:
     """The positions that no tie takes."""
     edges = [0, *(edge for span in _taken(ties) for edge in span), ties[0].into.full_shape[axis_of(ties)]]
     return tuple((start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop)
@@ -89,7 +89,7 @@ def layout_of(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Ra
         gains.append(None if tie.gain is None or tie.channels is None else Gain(tie.channels, start, tie.gains, tie.gain))
     name = ties[0].target
     spans = [(start, stop, index) for index, tie in enumerate(ties) for start, stop in tie.into.ranges[axis]]
-    spans += [(start, stop, -1) for start, stop in kept_of(ties)]
+    spans += [(start, stop, -1) for start, stop in kept_ranges(ties)]
     counts = Counter(index for *_, index in spans)
     seen: Counter[int] = Counter()
     pieces = []

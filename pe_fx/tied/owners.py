@@ -9,30 +9,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from pe_fx.tied.weight import before_tied, tied_weights_in
 from pe_fx.ties import Tie
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A parameter, or the value that stands for it in a graph; its first name; its module; and in how many places it is held."""
+    """A parameter, or the value that stands for it in a graph; its first name; its module; in how many places it is held; and what
+    an earlier transform made of it, in words."""
 
     parameter: Tensor
     name: str
     module: nn.Module | None = None
     places: int = 1
+    tied: str = ""
 
 
 def owners_in(model: nn.Module) -> dict[str, Owner]:
     """The owner of every parameter, under each of its names."""
     modules = list(model.named_modules(remove_duplicate=False))
     places = Counter(id(parameter) for module in {module for _, module in modules} for parameter in module._parameters.values())
+    views = {
+        (id(module), name): f"the source of {full}" for full, _, _, weight in tied_weights_in(model) for module, name in weight.sources
+    }
     first: dict[int, str] = {}
     owners = {}
     for path, module in modules:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{path}.{attribute}" if path else attribute
-                owners[name] = Owner(parameter, first.setdefault(id(parameter), name), module, places[id(parameter)])
+                was = before_tied(module, attribute)
+                tied = f"what is left of {was}" if was != attribute else views.get((id(module), attribute), "")
+                owners[name] = Owner(parameter, first.setdefault(id(parameter), name), module, places[id(parameter)], tied)
     return owners
 
 
@@ -46,6 +54,9 @@ def forbidden(tie: Tie, owners: Mapping[str, Owner]) -> str | None:
             return f"{name} is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
         if isinstance(owner.module, fx.GraphModule):
             return f"{name} is held by a GraphModule itself, which every copy rebuilds from its graph: transform the model, then trace it"
+    if target.tied or source.tied.startswith("what is left"):
+        name, tied = (tie.target, target.tied) if target.tied else (tie.source, source.tied)
+        return f"{name} is {tied}, by an earlier transform: transform the model once, with all its rules (pe_fx.untie undoes one)"
     if target.places > 1:
         return f"{tie.target} is one parameter registered in {target.places} places: tied here, it would be untied there"
     a, b = target.parameter, source.parameter

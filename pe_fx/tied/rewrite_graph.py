@@ -12,7 +12,7 @@ from torch import fx
 from pe_fx.errors import PeFxError
 from pe_fx.graph.ops import value_of
 from pe_fx.graph.views import call
-from pe_fx.tied.layouts import axis_of, by_target, compare_shapes, kept_of, layout_of
+from pe_fx.tied.layouts import axis_of, by_target, compare_shapes, kept_ranges, layout_of
 from pe_fx.tied.weight import View
 from pe_fx.ties import Plan
 
@@ -31,7 +31,7 @@ def rewrite_graph(gm: fx.GraphModule, plan: Plan, weights: Mapping[str, fx.Node]
     if any(tie.gain is not None for tie in plan.ties):
         raise PeFxError("gain=True adds parameters; a graph whose weights are placeholders can have none: transform the model instead")
     targets = by_target(plan.ties)
-    kept = {name: kept_of(ties) for name, ties in targets.items()}
+    kept = {name: kept_ranges(ties) for name, ties in targets.items()}
     tracer = fx.proxy.GraphAppendingTracer(gm.graph)
     known = {node: i for i, node in enumerate(gm.graph.nodes)}
 

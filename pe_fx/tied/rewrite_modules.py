@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from pe_fx.errors import PeFxError
 from pe_fx.tied.derived import derive
 from pe_fx.tied.entry import PadShortcut, Widen, Widened, strided_shortcut
-from pe_fx.tied.layouts import by_target, compare_shapes, kept_of, layout_of, mix_of
+from pe_fx.tied.layouts import by_target, compare_shapes, kept_ranges, layout_of, mix_of
 from pe_fx.tied.owners import Owner, forbidden, owners_in
 from pe_fx.tied.weight import TiedWeight, choose, tie_weight, tied_class
-from pe_fx.ties import Block, Entry, Plan, Tie, gain_of, positions
+from pe_fx.ties import Block, Entry, Plan, Tie, gain_of, kept_of, positions
 
 INITS = ("keep", "mean", "reset")
 
@@ -25,7 +25,7 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
     """
     found = check_fits(model, plan)
     targets = by_target(plan.ties)
-    kept = {name: kept_of(ties) for name, ties in targets.items()}
+    kept = {name: kept_ranges(ties) for name, ties in targets.items()}
     layouts = {name: layout_of(ties, targets, kept) for name, ties in targets.items()}
     names = dict.fromkeys(name for tie in plan.ties for name in (tie.target, tie.source))
     owners = {name: (module, name.rpartition(".")[2]) for name in names if (module := found[name].module) is not None}
@@ -53,7 +53,10 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
             rest = nn.Parameter(torch.cat(runs, layouts[name].axis), requires_grad=dense.requires_grad)
             vars(rest).update(vars(dense))  # marks that a training script may have left on it
         text = "; ".join(tie.text() for tie in ties)
-        tie_weight(module, attribute, TiedWeight(layouts[name], [owners[tie.source] for tie in ties], text, plan, name), rest)
+        stored = {tie.source: kept_of(owners[tie.source][1]) if kept.get(tie.source) else owners[tie.source][1] for tie in ties}
+        sources = [(owners[tie.source][0], stored[tie.source]) for tie in ties]
+        weight = TiedWeight(layouts[name], sources, text, plan, name, module._parameters, list(module._parameters))
+        tie_weight(module, attribute, weight, rest)
     _take_whole(model, [module for module, _ in owners.values()])
     choose(model)
 
@@ -98,10 +101,13 @@ def check_fits(model: nn.Module, plan: Plan) -> dict[str, Owner]:
         for name in (entry.block, entry.conv1, *entry.convs, *entry.norms):
             if name not in modules:
                 raise PeFxError(f"the plan does not fit this {what}: {name}, a module that entry={entry.treatment!r} treats, is missing")
-    for name in (gain_of(tie.target) for tie in plan.ties if tie.gain is not None):
+    gains = [gain_of(tie.target) for tie in plan.ties if tie.gain is not None]
+    lefts = [kept_of(name) for name, ties in by_target(plan.ties).items() if kept_ranges(ties)]
+    for name in (*gains, *lefts):
         module, attribute = _owner(model, name)
         if hasattr(module, attribute):
-            raise PeFxError(f"{name}, where the learned factors would be, is there already: use gain=False")
+            what = "the learned factors" if name in gains else "what is left of a weight"
+            raise PeFxError(f"{name}, where {what} would be, is there already: use gain=False, exclude=[…] or another name for it")
     return owners
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pe_fx.copies import copied
 from pe_fx.errors import PeFxError, first_line
 from pe_fx.graph.capture import capture, rng_restored
 from pe_fx.graph.inputs import ExampleInputs, as_arguments, tensors_in
-from pe_fx.tied.weight import Tied, stored, tied_weights_in, unchoose, untie_weights
+from pe_fx.tied.weight import Tied, tied_weights_in, unchoose, untie_weights
 from pe_fx.ties import table
 
 TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -35,10 +35,26 @@ def untie(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     unchoose(model)
     tied = [module for module in model.modules() if isinstance(module, Tied)]
     weights = [(module, dict(module.tied_weights)) for module in tied]
-    dense = {id(module): {name: weight.dense(module, name).detach().clone() for name, weight in named.items()} for module, named in weights}
+    dense = {id(module): {name: weight.dense_parameter(module, name) for name, weight in named.items()} for module, named in weights}
     for module in tied:
         untie_weights(module, dense[id(module)])
+    for gm in (module for module in model.modules() if isinstance(module, fx.GraphModule)):
+        _drop_unused_reads(gm)
     return model
+
+
+def _drop_unused_reads(gm: fx.GraphModule) -> None:
+    """Of parameters that a tied model had and its dense twin has not: a trace of a tied weight meets them on its way."""
+    gone = [node for node in gm.graph.find_nodes(op="get_attr") if not node.users and not _resolves(gm, str(node.target))]
+    for node in gone:
+        gm.graph.erase_node(node)
+    if gone:
+        gm.recompile()
+
+
+def _resolves(model: nn.Module, name: str) -> bool:
+    path, _, attribute = name.rpartition(".")
+    return hasattr(model.get_submodule(path), attribute)
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,7 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
     if not tied_modules:
         raise PeFxError("nothing in this model is tied: pass what pe_fx.transform returned")
     args, kwargs = as_arguments(_fitting_inputs(model) if example_inputs is None else example_inputs)
-    dtypes = {stored(*source).dtype for module in tied_modules for weight in module.tied_weights.values() for source in weight.sources}
+    dtypes = {source.dtype for source in _read(tied_modules)}
     limit = max(TOLERANCES.get(dtype, 1e-4) for dtype in dtypes) if tolerance is None else tolerance
     found: list[Comparison] = []
     notes: list[str] = []
@@ -140,8 +156,14 @@ def _any_finite(values: Iterable[Tensor]) -> bool:
 def _sources(model: nn.Module) -> list[str]:
     """The names of the parameters that ties are views of."""
     tied = [module for module in model.modules() if isinstance(module, Tied)]
-    sources = {id(stored(*source)) for module in tied for weight in module.tied_weights.values() for source in weight.sources}
+    sources = {id(source) for source in _read(tied)}
     return [name for name, parameter in model.named_parameters() if id(parameter) in sources]
+
+
+def _read(tied: Iterable[Tied]) -> Iterator[Tensor]:
+    for module in tied:
+        for weight in module.tied_weights.values():
+            yield from (source.get_parameter(name) for source, name in weight.sources)
 
 
 def _without_constants(model: nn.Module) -> nn.Module:

@@ -1,7 +1,8 @@
 """Modules whose weights are views of another module's weight.
 
-A tied module is a subclass of its own class with a property in place of the parameter. The source is held without being
-registered, so that every weight has exactly one name.
+A tied module is a subclass of its own class with a property in place of the parameter. A tied weight is never a parameter: what is
+left of it, where only some of its rows are tied, is stored under a name of its own. The source is held without being registered, so
+that every weight has exactly one name.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,7 +19,10 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from pe_fx.errors import PeFxError
 from pe_fx.tied.derived import Derived, derive
-from pe_fx.ties import Plan, Ranges, Shape, gain_of
+from pe_fx.tied.placed import placed
+from pe_fx.tied.read_only import ReadOnly, read_only
+from pe_fx.tied.whole import check_loaded, check_saved
+from pe_fx.ties import Plan, Ranges, Shape, gain_of, kept_of
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,8 @@ def written_out(layout: Layout) -> Callable[..., Tensor]:
 class TiedWeight:
     """One tied weight of a module: its layout, and the modules and names of the parameters that it is a view of.
 
-    `plan` is what tied it, `name` its name there.
+    `plan` is what tied it, `name` its name there, `place` the dict of the module's parameters, by which a copy is told from the module
+    itself, `order` their names before.
     """
 
     layout: Layout
@@ -180,7 +185,8 @@ class TiedWeight:
     text: str
     plan: Plan
     name: str
-    order: list[str] = field(default_factory=list)
+    place: dict[str, nn.Parameter | None]
+    order: list[str]
 
     def __post_init__(self) -> None:
         self.assemble = written_out(self.layout)
@@ -193,6 +199,11 @@ class TiedWeight:
         self.__post_init__()
 
     def dense(self, owner: nn.Module, name: str) -> Tensor:
+        """The weight `name` of `owner`, computed. Raises `PeFxError` where its source cannot be read, or is another model's."""
+        own = owner._parameters
+        if own is not self.place:
+            return self._copied(owner, name)
+        beside = next((each for each in own.values() if each is not None), None)
         sources = []
         for module, attribute in self.sources:
             parameter = module._parameters.get(attribute)
@@ -201,22 +212,36 @@ class TiedWeight:
                     f"{name} ← {self.text}: the {attribute} of its source, {type(module).__name__}, is no parameter any more, as after "
                     "pruning, weight_norm or parametrizing it. Remove that, then pe_fx.untie(model) and prune what that returns"
                 )
-            sources.append(parameter)
-        own = owner._parameters
+            sources.append(placed(parameter, module, attribute, beside, f"{name} ← {self.text}"))
         if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *(each for each in own.values() if each is not None)))):
             raise PeFxError(
                 f"{name} of {owner} reads a shard: its source was sharded apart from it. FSDP2 must shard both modules as one unit, "
                 "pe_fx.distributed.fully_shard(model) or fully_shard([first, second]); pe_fx.distributed.check(model) names them. "
                 "Tensor parallel needs a style for both: pe_fx.distributed.tensor_parallel_plan"
             )
-        return self.assemble(None, own.get(name), own.get(gain_of(name)), *sources)
+        return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *sources)
 
+    def left(self, name: str) -> list[str]:
+        """The parameters that the module has in place of the weight `name`."""
+        is_kept = any(piece.part < 0 for piece in self.layout.pieces)
+        return [kept_of(name)] * is_kept + [gain_of(name)] * any(self.layout.gains)
 
-def stored(module: nn.Module, name: str) -> Tensor:
-    """The parameter itself, past the property that may stand before it."""
-    parameter = module._parameters[name]
-    assert parameter is not None
-    return parameter
+    def dense_parameter(self, owner: nn.Module, name: str) -> nn.Parameter:
+        """The same as a parameter of its own, trained where the first source is."""
+        source, attribute = self.sources[0]
+        value = self.dense(owner, name).detach().clone(memory_format=torch.contiguous_format)
+        return nn.Parameter(value, requires_grad=source.get_parameter(attribute).requires_grad)
+
+    def _copied(self, owner: nn.Module, name: str) -> Tensor:
+        """Read through a copy that holds the same ties, and tensors of its own in place of the parameters."""
+        if any(module._parameters is not self.place for module, _ in self.sources):
+            raise PeFxError(
+                f"{name} ← {self.text} is read by a copy of its module that was made part by part, as by nn.DataParallel or a library for "
+                "meta-learning: where the copy of its source is cannot be known. Use DistributedDataParallel, "
+                "torch.func.functional_call(model, parameters, args), copy.deepcopy(model), or pe_fx.untie(model)"
+            )
+        own = {key: value for key, value in (*vars(owner).items(), *owner._parameters.items()) if isinstance(value, Tensor)}
+        return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *(own[attribute] for _, attribute in self.sources))
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -284,8 +309,20 @@ class Tied(Derived):
             for name, weight in self.tied_weights.items()
         }
 
+    def _left(self) -> dict[str, nn.Parameter]:
+        """What is stored of tied weights, which the module's own class knows nothing of."""
+        own: dict[str, nn.Parameter | None] = self._parameters  # type: ignore[attr-defined]
+        names = (left for name, weight in self.tied_weights.items() for left in weight.left(name))
+        return {name: parameter for name in names if (parameter := own.get(name)) is not None}
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Whatever the module's own class writes there."""
+        check_saved(self._sources(), destination)
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        for name in self.tied_weights:
+            destination.pop(prefix + name, None)
+        for name, parameter in self._left().items():
+            destination.setdefault(prefix + name, parameter if keep_vars else parameter.detach())
         if hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]][MIX] = self._mixes()
 
@@ -299,20 +336,55 @@ class Tied(Derived):
             alike = {name: len(hands) for name, hands in saved.items()} == {name: len(hands) for name, hands in own.items()}
             difference = "another order or other signs (mix) than it has" if alike else "other weights tied, or other parts of them, than"
             errors.append(f"{prefix[:-1]} was saved with {difference} here: tie the model by its own plan")
+        check_loaded(self._sources())
+        arguments = (prefix, local_metadata, strict, missing, unexpected, errors)
+        if self.dense_class._load_from_state_dict is nn.Module._load_from_state_dict:  # type: ignore[attr-defined]
+            super()._load_from_state_dict(state_dict, *arguments)  # type: ignore[misc]
+        else:
+            self._load_as_its_class_does(state_dict, *arguments)
+
+    def _load_as_its_class_does(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
+    ) -> None:
+        """By a method that expects a dense weight, of which it is given the present value, and knows nothing of what is left of it."""
+        lent = {prefix + name: getattr(self, name).detach().clone() for name in self.tied_weights if prefix + name not in state_dict}
+        state_dict.update(lent)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+        for name in lent:
+            state_dict.pop(name, None)
+        handled = {*lent, *(prefix + name for name in self._left())}
+        missing[:] = [name for name in missing if name not in handled]
+        unexpected[:] = [name for name in unexpected if name not in handled]
+        left = nn.Module()
+        left._parameters = dict(self._left())
+        nn.Module._load_from_state_dict(left, state_dict, prefix, local_metadata, strict, missing, [], errors)
+        self._parameters.update(left._parameters)  # type: ignore[attr-defined]
+
+    def _sources(self) -> dict[str, list[tuple[nn.Module, str]]]:
+        return {f"{name} ← {weight.text}": weight.sources for name, weight in self.tied_weights.items()}
+
+    def _refuse(self, name: str) -> None:
+        raise PeFxError(
+            f"{name} ← {self.tied_weights[name].text} is tied, and can be neither set nor deleted: change its source, or take "
+            "pe_fx.untie(model), in which it is a parameter"
+        )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """What setting an attribute comes to. Of a tied weight only the part that is stored can be set, as by load_state_dict."""
+        """What setting an attribute to a parameter comes to."""
         if name in self.tied_weights:
-            kept: Tensor | None = self._parameters.get(name)  # type: ignore[attr-defined]
-            if kept is None or param is None or param.shape != kept.shape:
-                stored = "" if kept is None else f", or the part that is stored here, {tuple(kept.shape)}"
-                raise PeFxError(f"{name} ← {self.tied_weights[name].text} cannot be set: set its source{stored}")
+            self._refuse(name)
+        if isinstance(param, ReadOnly):  # as pruning keeps a weight under another name
+            raise PeFxError(f"{param.tied_name} is tied: it cannot be registered as {name}. Take what pe_fx.untie(model) returns")
         super().register_parameter(name, param)  # type: ignore[misc]
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if name in self.tied_weights:
+            self._refuse(name)
+        super().register_buffer(name, tensor, persistent)  # type: ignore[misc]
 
     def __delattr__(self, name: str) -> None:
         if name in self.tied_weights:
-            raise PeFxError(f"{name} ← {self.tied_weights[name].text} cannot be deleted: pe_fx.untie(model) makes a parameter of it")
+            self._refuse(name)
         super().__delattr__(name)
 
     def __prepare_scriptable__(self) -> Any:
@@ -328,18 +400,20 @@ def tied_weights_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tie
 
 def _property(name: str) -> property:
     def dense(self: Any) -> Tensor:
-        own: Tensor | None = self._parameters.get(name)
-        if own is not None and is_sharded(own):
-            return own  # FSDP2, between forward passes, looks for its parameter under this name
         tied: TiedWeight = self.tied_weights[name]
-        if is_fx_symbolic_tracing() and (read := _traced(self, name, tied)) is not None:
-            return read  # type: ignore[no-any-return]
+        if is_fx_symbolic_tracing():
+            read = _traced(self, name, tied)
+            return tied.dense(self, name) if read is None else cast(Tensor, read)
         try:
-            return tied.dense(self, name)
+            value = tied.dense(self, name)
         except NotImplementedError as error:  # a quantized tensor
             raise PeFxError(f"{name} ← {tied.text}: the source cannot be viewed any more ({error}). Quantize pe_fx.untie(model)") from error
+        return value if torch.compiler.is_compiling() else read_only(value, tied.name)
 
-    return property(dense, doc=f"The dense {name}, computed from what it is tied to.")
+    def refuse(self: Any, value: Tensor) -> None:
+        self._refuse(name)
+
+    return property(dense, refuse, doc=f"The dense {name}, computed from what it is tied to.")
 
 
 def _traced(module: nn.Module, name: str, weight: TiedWeight) -> Any:
@@ -371,31 +445,44 @@ def tied_class(cls: type, module: nn.Module, names: Iterable[str]) -> type:
 
 def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parameter | None) -> None:
     """Makes `module.<name>`, whose class is a `tied_class`, a view; of the parameter only `kept` stays, if anything."""
-    weight.order = list(module._parameters)
-    dense = module._parameters[name]
+    own = module._parameters
+    dense = own[name]
     assert dense is not None
     if kept is None:
-        del module._parameters[name]
+        del own[name]
     else:
-        module._parameters[name] = kept
+        names = [kept_of(name) if each == name else each for each in own]
+        own[kept_of(name)] = kept
+        del own[name]
+        for each in names:  # an optimizer's order
+            own[each] = own.pop(each)
     factors = [dense.new_full((gain.count,), gain.initial) for gain in weight.layout.gains if gain is not None]
     if factors:
-        module._parameters[gain_of(name)] = nn.Parameter(torch.cat(factors), requires_grad=dense.requires_grad)
+        own[gain_of(name)] = nn.Parameter(torch.cat(factors), requires_grad=dense.requires_grad)
     module.__dict__["tied_weights"] = {**module.__dict__.get("tied_weights", {}), name: weight}
 
 
-def untie_weights(module: nn.Module, dense: dict[str, Tensor]) -> None:
-    """Gives a tied module ordinary parameters with these values, and its own class."""
+def untie_weights(module: nn.Module, dense: dict[str, nn.Parameter]) -> None:
+    """Gives a tied module these parameters, and its own class."""
     assert isinstance(module, Tied)
     weights: dict[str, TiedWeight] = module.__dict__.pop("tied_weights")
     module.__class__ = module.dense_class  # type: ignore[assignment]
+    own = module._parameters
     for name, weight in weights.items():
-        trained = weight.sources[0][0]._parameters[weight.sources[0][1]]
-        module._parameters[name] = nn.Parameter(dense[name].contiguous(), requires_grad=trained is None or trained.requires_grad)
-        if any(weight.layout.gains):
-            del module._parameters[gain_of(name)]
+        for left in weight.left(name):
+            del own[left]
+        own[name] = dense[name]
     for name in next(iter(weights.values())).order:
-        module._parameters[name] = module._parameters.pop(name)
+        own[name] = own.pop(name)
+
+
+def before_tied(module: nn.Module, name: str) -> str:
+    """The name that a parameter had before what is left of it got a name of its own.
+
+    >>> before_tied(nn.Linear(2, 2), "weight")
+    'weight'
+    """
+    return next((tied for tied in getattr(module, "tied_weights", ()) if kept_of(tied) == name), name)
 
 
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -1,0 +1,35 @@
+"""Where the source of a tied weight is: on its layer's device, on another one, or kept elsewhere while its own module does not run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pe_fx.errors import PeFxError
+
+
+def placed(parameter: Tensor, module: nn.Module, attribute: str, beside: Tensor | None, text: str) -> Tensor:
+    """A source's parameter, where the tied layer's own parameters are (`beside`, one of them).
+
+    >>> layer = nn.Linear(2, 3)
+    >>> placed(layer.weight, layer, "weight", layer.bias, "fc2.weight ← fc1.weightᵀ") is layer.weight
+    True
+
+    accelerate's hooks (`cpu_offload`, `disk_offload`, `device_map`) keep a module's weights on the meta device while it does not run:
+    the source's own hook places it for this read. Raises `PeFxError` where nothing says what its values are.
+    """
+    if parameter.is_meta:
+        hook: Any = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(module)
+            given = module._parameters[attribute]
+            hook.post_forward(module, None)
+            assert given is not None
+            parameter = given
+        if parameter.is_meta and beside is not None and not beside.is_meta:
+            raise PeFxError(
+                f"{text}: its source, a {type(module).__name__}, is on the meta device, without values, while its own layer has them. "
+                "What places weights only while their module runs must do so for both, or take pe_fx.untie(model)"
+            )
+    return parameter if beside is None or beside.device == parameter.device else parameter.to(beside.device)
