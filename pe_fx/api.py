@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import functools
 import math
@@ -13,21 +12,24 @@ from typing import Any
 
 from torch import fx, nn
 
+from pe_fx.copies import copied
 from pe_fx.errors import NoSitesWarning, PeFxError, check_one_of
 from pe_fx.graph.capture import Captured, capture
 from pe_fx.graph.flow import Flow
 from pe_fx.graph.inputs import ExampleInputs
 from pe_fx.graph.ops import value_of
+from pe_fx.graph.strides import fails, outline
 from pe_fx.graph.tags import tracing
 from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.passes.variants import GAIN, MIXES, vary
 from pe_fx.tied.entry import widen_params
+from pe_fx.tied.layouts import layout_of
 from pe_fx.tied.owners import Owner, forbidden, owners_in
 from pe_fx.tied.rewrite_graph import rewrite_graph
 from pe_fx.tied.rewrite_modules import INITS, rewrite_modules
 from pe_fx.tied.weight import Tied
-from pe_fx.ties import Miss, Plan, Shape, Site
+from pe_fx.ties import Miss, Plan, Shape, Site, Tie
 
 KINDS = tuple(rule.kind for rule in DEFAULT_RULES)
 
@@ -73,7 +75,7 @@ def plan(
         misses = [miss for miss in (*misses, *refused) if wanted(miss)]
         sites, misses = share_stages(flow, sites, misses, share, entry, wanted, functools.partial(_trait, owners))
     sites, refused = _tieable(sites, owners)
-    sites = vary(sites, mix, options["gain"])
+    sites = _laid_out(vary(sites, mix, options["gain"]), captured)
     shapes = captured.shapes() | {owner.name: tuple(owner.parameter.shape) for owner in owners.values()}
     misses = list(dict.fromkeys((*misses, *refused)))
     return plan_of(sites, shapes, misses, {"rules": tuple(rule.kind for rule in chosen)} | options)
@@ -174,7 +176,7 @@ def apply(model: nn.Module, plan: Plan, *, init: str = "keep", inplace: bool = F
     that `plan` would leave them alone: frozen beside a trained one, of another dtype or device, used in other places too.
     """
     check_one_of("init", init, INITS)
-    result = model if inplace else copy.deepcopy(model)
+    result = model if inplace else copied(model)
     if isinstance(result, fx.GraphModule) and not any(True for _ in result.parameters()):
         rewrite_graph(result, plan)
     else:
@@ -251,6 +253,23 @@ def _tieable(sites: Iterable[Site], owners: Mapping[str, Owner]) -> tuple[list[S
         if ties:
             kept.append(replace(site, ties=ties))
     return kept, misses
+
+
+def _laid_out(sites: Iterable[Site], captured: Captured) -> list[Site]:
+    """The same sites: where the model takes a view of a tied weight that needs it row by row, the tie makes it so."""
+    readers: dict[str, list[fx.Node]] = {}
+    for node, name in captured.weights.items():
+        readers.setdefault(name, []).append(node)
+
+    def must_be_contiguous(tie: Tie) -> bool:
+        if not (tie.into.is_whole and tie.target in readers and tie.source in readers):
+            return False  # what is put together of parts is a copy
+        source = outline(value_of(readers[tie.source][0]))
+        dense = layout_of([tie], {}, {}).assemble(None, [source], source.new_empty(tie.gains))
+        nodes = [node for node in readers[tie.target] if value_of(node).shape == dense.shape]
+        return not dense.is_contiguous() and any(fails(node, dense) for node in nodes)
+
+    return [replace(site, ties=tuple(replace(tie, contiguous=must_be_contiguous(tie)) for tie in site.ties)) for site in sites]
 
 
 def _saved(site: Site, shapes: Mapping[str, Shape], numel: Mapping[str, int]) -> int:

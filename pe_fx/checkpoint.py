@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_fx.api import apply
+from pe_fx.copies import copied
 from pe_fx.errors import PeFxError, check_one_of, first_line
 from pe_fx.files import whole_file
 from pe_fx.tied.held import held_plan, uncompiled
@@ -116,7 +116,7 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
         with _about(path):
             apply(outline, missing, inplace=True)
     state = _fitting(outline, values, path)
-    result = model if inplace else copy.deepcopy(model)
+    result = model if inplace else copied(model)
     if missing is not None:
         apply(uncompiled(result), missing, inplace=True)
     uncompiled(result).load_state_dict(state)
@@ -196,7 +196,7 @@ def _outline(model: nn.Module) -> nn.Module:
     for key, tensor in tensors.items():
         empty = torch.empty_like(tensor, device="meta")
         memo[key] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+    return copied(model, memo, lend=True)
 
 
 def _fitting(model: nn.Module, values: Mapping[str, Any], path: Path) -> OrderedDict[str, Any]:

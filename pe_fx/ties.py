@@ -149,6 +149,7 @@ class Tie:
     `channels` is the dimension of `into` along which a variant of the tie changes it, None where it only repeats its source: a
     signed permutation, drawn by `seed` (with signs along the other of `axes`, too), and a learned factor per channel that starts
     at `gain`. It is the dimension of the output channels, so that a unit does not write back along the direction that it reads.
+    `contiguous`: the model views `into` in a way in which a transposed matrix cannot be viewed; it is a copy, row by row.
 
     Raises `PeFxError` where the two blocks do not have matching shapes, or not these dimensions.
     """
@@ -160,6 +161,7 @@ class Tie:
     channels: int | None = None
     seed: int | None = None
     gain: float | None = None
+    contiguous: bool = False
 
     def __post_init__(self) -> None:
         rank = min(len(self.into.shape), len(self.of.shape))

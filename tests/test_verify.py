@@ -152,6 +152,38 @@ def test_a_model_that_returns_positions_alone() -> None:
     assert "nothing could be compared" in str(report)
 
 
+def test_a_model_that_returns_nan_alone() -> None:
+    def forward(m: Net, x: Tensor, hide: Tensor) -> Tensor:
+        return m.o((m.q(x) @ m.k(x).mT).masked_fill(hide, float("-inf")).softmax(-1) @ m.v(x))
+
+    inputs = (X, torch.ones(5, 5, dtype=torch.bool))
+    tied = pe_fx.transform(Net(forward, **{name: linear(8, 8) for name in "qkvo"}), inputs)
+    report = pe_fx.verify(tied, inputs)
+    assert not report
+    assert report.notes == tuple(f"{mode}: not compared, since the dense twin returns no finite number" for mode in ("train", "eval"))
+
+
+def test_a_model_that_returns_nothing() -> None:
+    net = Net(lambda m, x: m.inner(x)[:0], inner=pe_fx.transform(mlp(), X))
+    report = pe_fx.verify(net, X)
+    assert not report
+    assert "nothing could be compared" in str(report)
+
+
+def test_gradients_that_are_nan_alone() -> None:
+    net = Net(lambda m, x: m.inner(x) + 0 * (0 * m.inner(x)).sqrt(), inner=pe_fx.transform(mlp(), X).eval())
+    report = pe_fx.verify(net, X)
+    assert {comparison.quantity for comparison in report.comparisons} == {"outputs"}
+    assert report.notes[1] == "eval: no gradients compared, since no finite one reaches a tied weight"
+
+
+def test_infinity_hides_no_error() -> None:
+    net = Net(lambda m, x: (x.masked_fill(x > 0, float("inf")), m.inner(x)), inner=pe_fx.transform(mlp(), X))
+    assert pe_fx.verify(net, X)
+    planted(net.inner[3], **weight_of(lambda m, w: w.flip(0)))
+    assert all(comparison.error > 0.1 for comparison in pe_fx.verify(net, X).comparisons)
+
+
 def test_no_tolerance_is_none() -> None:
     assert pe_fx.verify(pe_fx.transform(mlp(), X), X, tolerance=0.0).tolerance == 0
     exact = Report((Comparison("eval", "outputs", "", 0.0),), 0.0)

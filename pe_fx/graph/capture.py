@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import io
@@ -22,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from pe_fx.copies import copied, modules_in
 from pe_fx.errors import CaptureError, first_line
 from pe_fx.graph.inputs import ExampleInputs, as_arguments, derive_inputs, enumerate_tensors, tensors_in
 from pe_fx.graph.ops import COPIES, GATHERS, base_name, value_of
@@ -54,8 +54,9 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
 
     `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments; derived where left out. A GraphModule
     whose nodes carry their values (from torch.export or Dynamo) is read as it is; anything else goes through
-    `torch.export.export(strict=False)`, in train mode first. Nothing is computed, no weight is copied. What export refuses for its
-    dtype, such as a grouped product of float32, is captured in another; or else recorded, while a copy of the model runs once.
+    `torch.export.export(strict=False)`, in train mode first. Nothing is computed, and no weight is copied but those to which a `train`
+    of a module's own may write. What export refuses for its dtype, such as a grouped product of float32, is captured in another; or
+    else recorded, while a copy of the model runs once.
 
     Raises `CaptureError` where neither mode exports.
     """
@@ -99,7 +100,7 @@ def _routes(model: nn.Module, inputs: ExampleInputs, errors: list[Exception]) ->
 
 def _exported(model: nn.Module, inputs: ExampleInputs, training: bool, dtype: torch.dtype | None = None) -> _Traced:
     args, kwargs = pytree.tree_map_only(Tensor, functools.partial(_in_dtype, dtype=dtype), as_arguments(inputs))
-    program = torch.export.export(_Flattened(_sharing_copy(model, dtype).train(training)), args, kwargs, strict=False)
+    program = torch.export.export(_Flattened(_sharing_copy(model, training, dtype)), args, kwargs, strict=False)
     signature = program.graph_signature
     weights = {key: name.removeprefix("model.") for key, name in signature.inputs_to_parameters.items()}
     constants = {key: program.constants[name] for key, name in signature.inputs_to_lifted_tensor_constants.items()}
@@ -108,12 +109,12 @@ def _exported(model: nn.Module, inputs: ExampleInputs, training: bool, dtype: to
 
 def _recorded(model: nn.Module, inputs: ExampleInputs, training: bool) -> _Traced:
     """One run of a copy, which may change itself as it likes."""
-    copied = _Flattened(copy.deepcopy(model).train(training))
-    parameters = dict(copied.named_parameters())
-    state = parameters | dict(copied.named_buffers())
+    runs = _Flattened(copied(model, lend=True).train(training))
+    parameters = dict(runs.named_parameters())
+    state = parameters | dict(runs.named_buffers())
 
     def run(values: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return torch.func.functional_call(copied, dict(zip(state, values, strict=True)), args, kwargs)
+        return torch.func.functional_call(runs, dict(zip(state, values, strict=True)), args, kwargs)
 
     own = pytree.tree_map_only(Tensor, lambda value: value.detach().clone(), as_arguments(inputs))
     gm = make_fx(run, pre_dispatch=True)(list(state.values()), *own)
@@ -235,7 +236,7 @@ class _Flattened(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         return tensors_in(self.model(*args, **kwargs))
@@ -244,15 +245,25 @@ class _Flattened(nn.Module):
 _FLATTENED = f"{_Flattened.__module__}.{_Flattened.__qualname__}"
 
 
-def _sharing_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of the module tree that holds the very tensors of the original, or such in another dtype."""
-    tensors: list[Any] = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        tensors += [value for value in pytree.tree_leaves(dict(vars(module))) if isinstance(value, Tensor)]
-    copied = copy.deepcopy(model, {id(tensor): _in_dtype(tensor, dtype) for tensor in tensors})
-    for module in copied.modules():
+def _sharing_copy(model: nn.Module, training: bool, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of the module tree in one of its modes that holds the very parameters and buffers of the original, or such in another dtype.
+
+    Other tensors are copied: export replaces none of them while a forward runs that may write to them. So may a `train` of a
+    module's own write to its weights, as one that merges adapters into them.
+    """
+    changes = any(module.training is not training for module in model.modules())
+    writers = [module for module in model.modules() if changes and type(module).train is not nn.Module.train]
+    own = {id(tensor) for module in writers for tensor in (*module.parameters(), *module.buffers())}
+    shared = {id(tensor) for tensor in (*model.parameters(), *model.buffers())} - own
+    known = {}
+    for tensor in (leaf for module in modules_in(model) for leaf in pytree.tree_leaves(dict(vars(module))) if isinstance(leaf, Tensor)):
+        new = _in_dtype(tensor, dtype)
+        if new is not tensor or id(tensor) in shared:
+            known[id(tensor)] = new
+    result = copied(model, known, lend=True)
+    for module in result.modules():
         module._apply = functools.partial(_convert, module)  # type: ignore[method-assign]
-    return copied
+    return result.train(training) if changes else result
 
 
 def _convert(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from pe_fx.copies import by_attributes, state_of
 from pe_fx.errors import PeFxError
 
 Steps = tuple[tuple[type, tuple[str, ...]], ...]
@@ -32,8 +33,16 @@ class Derived:
         """What the subclass gets for `names`."""
         return {}
 
+    __deepcopy__ = by_attributes
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, self.derivation, self.__getstate__()  # type: ignore[attr-defined]
+        state = state_of(self)  # type: ignore[arg-type]
+        if state is None:
+            raise PeFxError(
+                f"{self.dense_class.__name__} says itself what of it is pickled, without what pe_fx has changed in it: "
+                "pickle pe_fx.untie(model), or its state_dict"
+            )
+        return _rebuild, self.derivation, state
 
 
 def derive(cls: type, mixin: type[Derived], names: Iterable[str] = ()) -> type:

@@ -99,7 +99,7 @@ def layout_of(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Ra
         whole = counts[index] == 1 and (index >= 0 or name in kept)
         pieces.append(Piece(index) if whole else Piece(index, begin, begin + size))
         seen[index] += size
-    return Layout(axis, tuple(pieces), tuple(views), tuple(gains))
+    return Layout(axis, tuple(pieces), tuple(views), tuple(gains), any(tie.contiguous for tie in ties))
 
 
 def mix_of(tie: Tie) -> Mix | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
+from pe_fx.copies import copied
 from pe_fx.errors import PeFxError, first_line
 from pe_fx.graph.capture import capture, rng_restored
 from pe_fx.graph.inputs import ExampleInputs, as_arguments, tensors_in
@@ -19,8 +19,8 @@ TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """For other dtypes 1e-4."""
 
 
-def untie(model: nn.Module) -> nn.Module:
-    """A dense copy of a tied model: every tied weight is an ordinary parameter with its present value.
+def untie(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """A dense copy of a tied model: every tied weight is an ordinary parameter with its present value. `inplace`: the model itself.
 
     >>> import pe_fx
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -31,7 +31,7 @@ def untie(model: nn.Module) -> nn.Module:
     Classes, names, mode, dtypes and devices are those of the model that was transformed, so its state_dict loads there with
     `strict=True`. The entry treatments "slice" and "expand" change what a block computes: their shortcuts stay.
     """
-    model = copy.deepcopy(model)
+    model = model if inplace else copied(model)
     unchoose(model)
     tied = [module for module in model.modules() if isinstance(module, Tied)]
     weights = [(module, dict(module.tied_weights)) for module in tied]
@@ -101,9 +101,10 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
     The default `tolerance` of the relative error is 1e-4, for half precision 1e-2 and for bfloat16 5e-2.
     The gradient of a source must be the sum of the twin's gradients, mapped through the ties. Random operations draw the same
     numbers in both. Parameters that are constant, such as a scale that starts at zero, are given other values in the copies that
-    are compared, lest they hide an error. The report says so where there is no floating-point output, where the twin's own backward
-    raises, where no gradient reaches a tied weight, and where the twin does not even equal itself, since it seeds random numbers of
-    its own. The model itself is not touched. Raises `PeFxError` where nothing in the model is tied.
+    are compared, lest they hide an error. The report says so where there is no floating-point output or no finite one, where the
+    twin's own backward raises, where no gradient reaches a tied weight, and where the twin does not even equal itself, since it seeds
+    random numbers of its own. The model itself is not touched. Raises `PeFxError` where nothing in the model is tied, or the model
+    cannot be copied.
     """
     tied_modules = [module for module in model.modules() if isinstance(module, Tied)]
     if not tied_modules:
@@ -121,6 +122,9 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
         if not expected:
             notes.append(f"{mode}: not compared, since the model returns no floating-point tensor")
             continue
+        if not _any_finite(expected):
+            notes.append(f"{mode}: not compared, since the dense twin returns no finite number")
+            continue
         compared = _outputs(mode, outputs, expected)
         if not compared.error <= limit and not (own := _outputs(mode, _run(twin, args, kwargs)[0], expected)).error <= limit:
             notes.append(
@@ -134,11 +138,19 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
         if isinstance(gradients, Exception):
             raise gradients
         mapped = _mapped_gradients(tied, dense_gradients)
-        if not any(bool(gradient.any()) for name in _sources(tied) if (gradient := mapped[name]) is not None):
+        reaching = [gradient for name in _sources(tied) if (gradient := mapped[name]) is not None and bool(gradient.any())]
+        if not reaching:
             notes.append(f"{mode}: no gradient reaches a tied weight")
+        elif not _any_finite(reaching):
+            notes.append(f"{mode}: no gradients compared, since no finite one reaches a tied weight")
+            continue
         pairs = {name: (gradients[name], mapped[name]) for name in mapped if gradients.get(name) is not None or mapped[name] is not None}
         found.append(_largest(mode, "gradients", pairs))
     return Report(tuple(found), limit, tuple(notes))
+
+
+def _any_finite(values: Iterable[Tensor]) -> bool:
+    return any(bool(value.isfinite().any()) for value in values)
 
 
 def _sources(model: nn.Module) -> list[str]:
@@ -156,7 +168,7 @@ def _read(tied: Iterable[Tied]) -> Iterator[Tensor]:
 
 def _without_constants(model: nn.Module) -> nn.Module:
     """A copy in which parameters that are one number throughout vary: a scale that starts at zero would hide what is behind it."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -223,7 +235,7 @@ def _outputs(mode: str, got: list[Tensor], expected: list[Tensor]) -> Comparison
 
 
 def _largest(mode: str, quantity: str, pairs: dict[str, tuple[Tensor | None, Tensor | None]]) -> Comparison:
-    scale = max((float(b.double().norm()) for _, b in pairs.values() if b is not None), default=0.0)
+    scale = max((float(b[b.isfinite()].double().norm()) for _, b in pairs.values() if b is not None), default=0.0)
     worst, largest = "", 0.0
     for name, (a, b) in pairs.items():
         error = float("inf") if a is None or b is None else _error(a, b, scale)

@@ -127,7 +127,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dense weight is put together along `axis`. `gains` scale the parts, where any is scaled.
+    """How a dense weight is put together along `axis`. `gains` scale the parts, where any is scaled; `contiguous`: as a copy.
 
     >>> layout = Layout(0, (Piece(0),), (View((((0, 2),), None), swap=(0, 1)),))
     >>> layout.assemble(None, [torch.ones(4, 3)]).shape
@@ -138,6 +138,7 @@ class Layout:
     pieces: tuple[Piece, ...]
     views: tuple[View, ...]
     gains: tuple[Gain | None, ...] = ()
+    contiguous: bool = False
 
     def assemble(self, own: Tensor | None, sources: Sequence[Tensor], factors: Tensor | None = None) -> Tensor:
         parts = [view(source) for view, source in zip(self.views, sources, strict=True)]
@@ -148,7 +149,8 @@ class Layout:
             part = own if piece.part < 0 else parts[piece.part]
             assert part is not None
             pieces.append(part if piece.stop is None else part.narrow(self.axis, piece.start, piece.stop - piece.start))
-        return _joined(pieces, self.axis)
+        dense = _joined(pieces, self.axis)
+        return dense.contiguous() if self.contiguous else dense
 
 
 @functools.cache

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -508,15 +510,16 @@ def test_a_dtype_that_nothing_takes_is_told_as_it_was() -> None:
 # ---- the model is left alone
 
 
-def test_the_copy_shares_every_tensor() -> None:
+def test_the_copy_shares_every_parameter_and_buffer() -> None:
     model = nn.Sequential(linear(8, 16), nn.BatchNorm1d(16), linear(16, 8))
     model.table = torch.randn(100)
-    copied = _sharing_copy(model)
+    copied = _sharing_copy(model, training=True)
     assert copied is not model
     assert copied[0] is not model[0]
     assert all(a is b for a, b in zip(copied.parameters(), model.parameters(), strict=True))
     assert all(a is b for a, b in zip(copied.buffers(), model.buffers(), strict=True))
-    assert copied.table is model.table
+    assert torch.equal(copied.table, model.table)
+    assert copied.table is not model.table  # a forward may write to it
 
 
 def test_capture_allocates_no_second_copy_of_the_weights() -> None:
@@ -551,6 +554,93 @@ def test_batch_norm_statistics_stay() -> None:
     before = copy.deepcopy(model.state_dict())
     pe_fx.plan(model, torch.randn(4, 8))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Shared(nn.Module):
+    """A teacher that copies of the model share, and do not multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = linear(8, 8), nn.Dropout(0.5)
+        self.seen = [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen[0] += 1
+        self.last = x
+        return self.drop(self.layer(x))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Shared:
+        return self
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_module_that_copies_share(hidden: bool) -> None:
+    model = mlp(lambda m, x: plain(m, x) + (m.hidden[0] if hidden else m.teacher)(x))
+    teacher = Shared()
+    if hidden:
+        model.hidden = [teacher]  # type: ignore[assignment]
+    else:
+        model.teacher = teacher
+    for module in (model, teacher):
+        module.eval()
+    before = model(X)
+    attributes, last = set(vars(teacher)), teacher.last
+    pe_fx.plan(model, X)
+    assert [module.training for module in (teacher, teacher.layer, teacher.drop)] == [False] * 3
+    assert set(vars(teacher)) == attributes
+    assert teacher.seen == [1]
+    assert teacher.last is last
+    assert torch.equal(model(X), before)
+
+
+class Merging(nn.Linear):
+    """A LoRA that adds its product to the weight in eval mode, as loralib's does."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.down, self.up, self.merged = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(8, 2)), False
+
+    def train(self, mode: bool = True) -> Merging:
+        if mode is self.merged:
+            self.weight.data += (self.up @ self.down) * (-1 if mode else 1)
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = super().forward(x)
+        return made if self.merged else made + x @ self.down.T @ self.up.T
+
+
+def test_a_mode_that_writes_to_weights() -> None:
+    model = nn.Sequential(Merging(), mlp(plain)).eval()
+    before, weights = model(X), copy.deepcopy(model.state_dict())
+    assert ties(pe_fx.plan(model, X)) == ["1.fc2.weight ← 1.fc1.weightᵀ"]
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(X), before)
+
+
+def test_a_tensor_that_forward_counts_in() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        m.steps.add_(1)
+        return plain(m, x)
+
+    model = mlp(forward)
+    model.__dict__["steps"] = torch.zeros(())
+    pe_fx.plan(model, X)
+    assert model.steps == 0
+
+
+def test_what_a_module_frees_stays_open(tmp_path: Path) -> None:
+    class Logging(nn.Sequential):
+        def __del__(self) -> None:
+            self.log.close()  # type: ignore[operator,union-attr]
+
+    with (tmp_path / "log").open("w") as log:
+        model = Logging(linear(8, 16), nn.ReLU(), linear(16, 8))
+        model.log = log  # type: ignore[assignment]
+        assert ties(pe_fx.plan(model, X)) == ["2.weight ← 0.weightᵀ"]
+        gc.collect()
+        assert not log.closed
 
 
 # ---- names
