@@ -113,6 +113,11 @@ class Block:
     def is_whole(self) -> bool:
         return self.shape == self.full_shape
 
+    @functools.cached_property
+    def divided(self) -> tuple[int, ...]:
+        """The dimensions of which the block has only a part."""
+        return tuple(dim for dim, (size, full) in enumerate(zip(self.shape, self.full_shape, strict=True)) if size != full)
+
     def overlaps(self, other: Block) -> bool:
         return self.name == other.name and all(map(overlap, self.ranges, other.ranges))
 

@@ -317,7 +317,7 @@ def test_entry_module_of_another_name(entry: str) -> None:
 
     net = nn.Sequential(Renamed(), Block(), Block())
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(PeFxError, match=rf"0\.downsample\.0, a module that entry='{entry}' treats, is missing"):
+    with pytest.raises(PeFxError, match=rf"entry='{entry}' does not apply: 0\.downsample\.0, a module that it treats, is missing"):
         pe_fx.apply(net, pe_fx.plan(stage(), NARROW, entry=entry), init="mean", inplace=True)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 

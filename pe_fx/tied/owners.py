@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from pe_fx.ties import Tie
+from pe_fx.ties import Entry, Tie
+
+_BEFORE = "transform the model, then trace it"
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,8 @@ def forbidden(tie: Tie, owners: Mapping[str, Owner]) -> str | None:
     if target is None or source is None:
         return None
     for name, owner in ((tie.target, target), (tie.source, source)):
-        if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
-            return f"{name} is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
-        if isinstance(owner.module, fx.GraphModule):
-            return f"{name} is held by a GraphModule itself, which every copy rebuilds from its graph: transform the model, then trace it"
+        if (reason := unfit(owner)) is not None:
+            return f"{name} {reason}"
     if target.places > 1:
         return f"{tie.target} is one parameter registered in {target.places} places: tied here, it would be untied there"
     a, b = target.parameter, source.parameter
@@ -56,6 +56,26 @@ def forbidden(tie: Tie, owners: Mapping[str, Owner]) -> str | None:
         return f"{tie.target} is {_dtype(a.dtype)}, {tie.source} is {_dtype(b.dtype)}"
     if a.device != b.device:
         return f"{tie.target} is on {a.device}, {tie.source} on {b.device}"
+    return None
+
+
+def unfit(owner: Owner) -> str | None:
+    """Why a parameter can be in no tie at all."""
+    if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
+        return "is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
+    if isinstance(owner.module, fx.GraphModule):
+        return f"is held by a GraphModule itself, which every copy rebuilds from its graph: {_BEFORE}"
+    return None
+
+
+def unfit_entry(entry: Entry, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why an entry block cannot be treated, whatever the graph says: it is done to modules that the block calls."""
+    around = [path for path in modules if path == "" or f"{entry.block}.".startswith(f"{path}.")]
+    if any(isinstance(modules[path], fx.GraphModule) for path in around):
+        return f"it changes what the module {entry.block or 'as a whole'} computes, which this GraphModule does not call: {_BEFORE}"
+    for name in (entry.block, entry.conv1, *entry.convs, *entry.norms):
+        if name not in modules:
+            return f"{name}, a module that it treats, is missing"
     return None
 
 
