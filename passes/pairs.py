@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pe_fx.graph.channels import Channels, arriving
 from pe_fx.graph.flow import Flow, taken_by
 from pe_fx.graph.operation import Op, Weight
@@ -256,23 +258,27 @@ def _would_fit_otherwise(flow: Flow, pair: Pair) -> bool:
 
 def leak(flow: Flow, first: Op, second: Op, channels: Collection[int] | None = None) -> str | None:
     """Where the values between two weights go beside the second; of the first, only those channels count that are given."""
+    others = set() if channels is None else set(range(first.shape[first.out_axis])).difference(channels)
 
     def counts(op: Op) -> bool:
-        held = None if channels is None else channels_in(flow.trace(first, op)[op].tags)
-        return channels is None or held is None or not set(channels).isdisjoint(held)
+        tags = flow.trace(first, op)[op].tags if others else None
+        held = channels_in(tags) if isinstance(tags, Tensor) else None
+        return held is None or not others.issuperset(held)
 
     on_the_way = {first, *flow.between(first, second)}
     queue = sorted(on_the_way, key=lambda op: op.index)
     for op in queue:
-        if op in flow.results and counts(op):
+        if not counts(op):
+            continue
+        if op in flow.results:
             return f"{op.node.name} is returned"
         for user in flow.users[op]:
-            if user is second or user in on_the_way or not counts(user):
+            if user is second or user in on_the_way:
                 continue
-            if channels is None or user.kind is not Kind.VIEW:
+            if not others or user.kind is not Kind.VIEW:
                 return f"{op.node.name} by {user.node.name}"
-            on_the_way.add(user)
-            queue.append(user)  # whoever reads the part of it that counts
+            on_the_way.add(user)  # whoever reads what counts of it
+            queue.append(user)
     return None
 
 
