@@ -227,6 +227,8 @@ def _near_reason(flow: Flow, pair: Pair, closed: bool) -> str | None:
         is_loser = closed and pair.is_transposed and obstacle(flow, pair) is None
         block, site = claimed[0]
         return f"{block} {taken_by(site)}" if is_loser else None
+    if not flow.spare.isdisjoint((pair.first, pair.second)):
+        return None  # a pattern of its own, that was not asked for or refused
     if not pair.is_transposed:
         shapes = f"{second.name} is {second.block.shape}, {first.name} is {first.block.shape}"
         return f"{shapes}: not transposes of each other" if closed and _would_fit_otherwise(flow, pair) else None
