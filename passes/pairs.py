@@ -94,15 +94,15 @@ def match_pairs(flow: Flow, kind: str, accept: Callable[[Pair], bool]) -> Iterat
             if pair.is_transposed and accept(pair):
                 groups.setdefault(pair.names, []).append(pair)
         for names, group in groups.items():
-            if names in done or names in flow.found or any(flow.owner(weight.block) for weight in group[0].weights):
+            if names in done or any(flow.owner(weight.block) for weight in group[0].weights):
                 continue
             done.add(names)
             reason = _group_obstacle(flow, group)
-            if reason is None:
-                found = True
-                yield Site(kind, common_module(names), names, (tie(*group[0].weights),))
-            else:
+            if reason is not None:
                 yield Miss(kind, common_module(names), names, reason)
+            elif (made := tie(*group[0].weights)) not in flow.found:
+                found = True
+                yield Site(kind, common_module(names), names, (made,))
 
 
 def obstacle(flow: Flow, pair: Pair) -> str | None:

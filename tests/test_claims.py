@@ -277,6 +277,15 @@ def test_two_rules_that_tie_the_same_weights(second: Fixed) -> None:
     ]
 
 
+def test_a_tie_that_is_refused_leaves_the_other_way_round() -> None:
+    model = chain()
+    model[4].other = linear(D, 16)
+    model[4].other.weight = model[0].weight
+    plan = pe_fx.plan(model, X, rules=[FIRST, Mlp()])
+    assert ties(plan) == ["2.weight ← 0.weightᵀ"]
+    assert "(first): 0.weight is one parameter registered in 2 places" in plan.explain()
+
+
 def test_two_rules_that_divide_a_weight_along_two_dimensions() -> None:
     rows = Tie(FC1.narrowed(0, range(4)), FC2.narrowed(1, range(4)), transposed=True)
     columns = Tie(FC1.narrowed(0, range(4, 16)).narrowed(1, range(4)), FC2.narrowed(1, range(4, 16)).narrowed(0, range(4)), transposed=True)

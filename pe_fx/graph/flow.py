@@ -38,15 +38,15 @@ class Claim:
 class Flow:
     """The operations of a captured graph, in order, with their dominance relations.
 
-    As rules find sites, `claimed` says of each parameter which parts of it are taken, `found` which weights make up a pattern, tied or
-    not; `carriers` are the operations that are a step to other patterns, `spare` those among them where patterns may end all the same.
+    As rules find sites, `claimed` says of each parameter which parts of it are taken, and `found` holds the ties that were found, made
+    or not; `carriers` are the operations that are a step to other patterns, `spare` those among them where patterns may end all the same.
     """
 
     def __init__(self, captured: Captured) -> None:
         self.ops: list[Op] = []
         self.readers: dict[str, list[Op]] = {}
         self.claimed: dict[str, list[Claim]] = {}
-        self.found: set[tuple[str, ...]] = set()
+        self.found: set[Tie] = set()
         self.carriers: set[Op] = set()
         self.spare: set[Op] = set()
         self._of_node: dict[fx.Node, Op] = {}
@@ -62,7 +62,7 @@ class Flow:
 
         Who applies its weights is one step to the patterns around it, and if its tie is not made, an end of other patterns, too.
         """
-        self.found.add(site.weights)
+        self.found.update(site.ties)
         self.carriers |= self._applying(site.weights)
         for tie in site.ties:
             if tie not in ties:
@@ -166,7 +166,6 @@ class Flow:
         self._idom = immediate_dominators(sources, entry)
         self._ipdom = immediate_dominators(users, leave)
         self._intervals = nested(self._idom, entry)
-        self._post_intervals = nested(self._ipdom, leave)
         self._feeders: dict[int, Op | None] = {entry: None}
         for op in self.ops:
             own = op.kind in (Kind.PROJECTION, Kind.LOOKUP) or (op.kind is Kind.CONV and not op.is_depthwise)
