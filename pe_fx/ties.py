@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections import Counter
@@ -65,7 +66,11 @@ def _trimmed(shape: Shape, axes: tuple[int, int]) -> Shape:
 
 
 def overlap(a: Ranges, b: Ranges) -> bool:
-    return any(start < other_stop and other < stop for start, stop in a for other, other_stop in b)
+    """
+    >>> overlap(((0, 2), (4, 6)), ((2, 4), (6, 8))), overlap(((0, 2), (4, 6)), ((2, 5),))
+    (False, True)
+    """
+    return any(start < stop for (_, stop), (start, _) in itertools.pairwise(sorted((*a, *b))))
 
 
 @dataclass(frozen=True)
