@@ -6,7 +6,9 @@ innermost patterns come first: what they claim is one step to the patterns aroun
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from pe_fx.graph.flow import Flow
@@ -16,9 +18,9 @@ from pe_fx.passes.glu import Glu
 from pe_fx.passes.mlp import Mlp
 from pe_fx.passes.pairs import near_misses
 from pe_fx.passes.squeeze_excite import SqueezeExcite
-from pe_fx.ties import Miss, Site
+from pe_fx.ties import Miss, Site, Tie
 
-__all__ = ["DEFAULT_RULES", "Attention", "Bottleneck", "Glu", "Mlp", "Rule", "SqueezeExcite", "find"]
+__all__ = ["DEFAULT_RULES", "Attention", "Bottleneck", "Glu", "Mlp", "Rule", "SqueezeExcite", "find", "tieable"]
 
 
 class Rule(Protocol):
@@ -33,17 +35,40 @@ class Rule(Protocol):
 DEFAULT_RULES: tuple[Rule, ...] = (SqueezeExcite(), Attention(), Glu(), Mlp(), Bottleneck())
 
 
-def find(flow: Flow, rules: Iterable[Rule] = DEFAULT_RULES) -> tuple[list[Site], list[Miss]]:
-    """All sites and near misses. A weight belongs to one site: the first rule's, then the first in the dataflow."""
+def find(
+    flow: Flow,
+    rules: Iterable[Rule] = DEFAULT_RULES,
+    wanted: Callable[[Site | Miss], bool] = lambda found: True,
+    forbidden: Callable[[Tie], str | None] = lambda tie: None,
+) -> tuple[list[Site], list[Miss]]:
+    """All sites and near misses that are `wanted`. What a tie takes belongs to one site: the first rule's, then the first in the dataflow.
+
+    A site that is not wanted, and a tie that is `forbidden` (then why), are found all the same, as a step to the patterns around them,
+    and take nothing.
+    """
     sites: list[Site] = []
     misses: list[Miss] = []
     for rule in rules:
         for found in rule.match(flow):
             if isinstance(found, Site):
-                flow.claim(found.weights, found.name)
-                sites.append(found)
+                site, refused = tieable(found, functools.partial(_obstacle, flow, forbidden, found)) if wanted(found) else (None, [])
+                flow.claim(found, site.ties if site is not None else ())
+                sites += [site] if site is not None else []
+                misses += refused
             else:
                 misses.append(found)
     known = {miss.weights for miss in misses}
     misses += [miss for miss in near_misses(flow) if miss.weights not in known]
-    return sites, misses
+    return sites, [miss for miss in misses if wanted(miss)]
+
+
+def tieable(site: Site, obstacle: Callable[[Tie], str | None]) -> tuple[Site | None, list[Miss]]:
+    """What is left of a site without the ties that have an obstacle, and a miss for each of these."""
+    reasons = {tie: obstacle(tie) for tie in site.ties}
+    misses = [Miss(site.kind, site.name, tuple(dict.fromkeys((tie.source, tie.target))), why) for tie, why in reasons.items() if why]
+    ties = tuple(tie for tie in site.ties if reasons[tie] is None)
+    return dataclasses.replace(site, ties=ties) if ties else None, misses
+
+
+def _obstacle(flow: Flow, forbidden: Callable[[Tie], str | None], site: Site, tie: Tie) -> str | None:
+    return flow.clash(site, tie) or forbidden(tie)

@@ -41,17 +41,18 @@ class Attention:
         for _, roles in found:
             for part, use in roles.uses:
                 uses.setdefault(part.op, set()).add(use)
-        seen: set[tuple[str, ...]] = set()
+        seen: set[tuple[object, ...]] = set()
         claimed = set(flow.claimed)  # by other rules: attentions may share keys and values
         made: set[Tie] = set()
         for core, roles in found:
-            names = roles.names if roles.is_known else _makers(flow, core)
-            if names in seen or not claimed.isdisjoint(names):
+            names = () if roles.is_known else _makers(flow, core)
+            blocks = tuple(part.block for part in roles.parts)
+            if (blocks or names) in seen:
                 continue
-            seen.add(names)
+            seen.add(blocks or names)
             if roles.is_known:
                 yield from _tie(flow, self.kind, core, roles, uses, made)
-            elif names:
+            elif names and claimed.isdisjoint(names):
                 yield Miss(self.kind, common_module(names), names, _unknown(core, names))
 
 
@@ -270,7 +271,8 @@ def _half_obstacle(flow: Flow, roles: Roles, source: Part, target: Part, uses: d
     for part in (source, target):
         if (reason := misuse(flow, part.weight)) is not None:
             return reason
-    own = {use for part, use in roles.uses if part.weight.name == target.weight.name}
-    if not all(reader in uses and uses[reader] <= own for reader in flow.readers[target.weight.name]):
-        return f"{target.weight.name} is used a second time, in another role or with other weights"
+    own = {use for _, use in roles.uses}
+    readers = [reader for reader in flow.readers[target.weight.name] if reader.weight and reader.weight.block.overlaps(target.block)]
+    if any(reader not in uses or not {use for use in uses[reader] if use[1].overlaps(target.block)} <= own for reader in readers):
+        return f"{target.block} is used a second time, in another role or with other weights"
     return None

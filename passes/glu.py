@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,11 +12,14 @@ from pe_fx.graph.operation import Op, Weight
 from pe_fx.graph.ops import Kind
 from pe_fx.graph.tags import channels_along, channels_in
 from pe_fx.passes.pairs import common_module, leak, misuse, tie
-from pe_fx.ties import Miss, Site
+from pe_fx.ties import Block, Miss, Site
 
 _ELEMENTWISE = {Kind.POINTWISE, Kind.NONLINEAR}
 _JOINED = {Kind.VIEW, Kind.NONLINEAR}
 _BEFORE_DOWN = {Kind.POINTWISE, Kind.NONLINEAR, Kind.NORM, Kind.VIEW}
+
+Unit = tuple[Block, Block, Block]
+"""What makes the two factors, and what is applied to their product."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +34,21 @@ class Glu:
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
         units = [unit for op in flow.ops if (unit := _unit(flow, op)) is not None]
         yield from _in_parts(flow, self.kind)
-        partners: dict[Op, set[tuple[str, ...]]] = {}
+        uses: dict[Op, set[Unit]] = {}
         for unit in units:
             for op in (unit.first.op, unit.second.op, unit.last):
-                partners.setdefault(op, set()).add(unit.names)
-        seen: set[tuple[str, ...]] = set()
+                uses.setdefault(op, set()).add(unit.blocks)
+        seen: set[Unit] = set()
         for unit in units:
-            if unit.names in seen or any(name in flow.claimed for name in unit.names):
+            if unit.blocks in seen:
                 continue
-            seen.add(unit.names)
-            reason = _obstacle(flow, unit, partners)
+            seen.add(unit.blocks)
+            reason = _obstacle(flow, unit, uses)
             name = common_module(unit.names)
-            if reason is not None:
+            if reason is None:
+                yield Site(self.kind, name, unit.names, (tie(unit.up.weight, unit.down, unit.up.block),))
+            else:
                 yield Miss(self.kind, name, unit.names, reason)
-                continue
-            block = unit.up.weight.of_channels(unit.up.channels)
-            yield Site(self.kind, name, unit.names, (tie(unit.up.weight, unit.down, block),))
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class _Branch:
     def channels(self) -> Sequence[int]:
         return channels_in(self.state.tags) or ()
 
+    @property
+    def block(self) -> Block:
+        return self.weight.of_channels(self.channels) if self.weight.is_matrix else self.weight.block
+
 
 @dataclass(frozen=True)
 class _Unit:
@@ -71,6 +78,10 @@ class _Unit:
     last: Op
     down: Weight
     across: Op | None
+
+    @functools.cached_property
+    def blocks(self) -> Unit:
+        return self.first.block, self.second.block, self.down.block
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,9 +162,8 @@ def _in_parts(flow: Flow, kind: str) -> Iterator[Miss]:
             yield Miss(kind, common_module(names), names, f"{joined}: only a weight applied at once is tied")
 
 
-def _obstacle(flow: Flow, unit: _Unit, partners: dict[Op, set[tuple[str, ...]]]) -> str | None:
-    up, down = unit.up.weight, unit.down
-    block = up.of_channels(unit.up.channels)
+def _obstacle(flow: Flow, unit: _Unit, uses: dict[Op, set[Unit]]) -> str | None:
+    up, down, block = unit.up.weight, unit.down, unit.up.block
     weights = (unit.first.weight, unit.second.weight, down)
     for weight in weights:
         if weight.groups > 1 or not weight.is_matrix:
@@ -167,8 +177,8 @@ def _obstacle(flow: Flow, unit: _Unit, partners: dict[Op, set[tuple[str, ...]]])
         which = "both factors" if unit.first.state.activations else "neither factor"
         return f"{which} before {down.name} passed an activation: gate and up cannot be told apart"
     for branch in sorted((unit.first, unit.second), key=lambda branch: branch is not unit.up):
-        if not flow.post_dominates(unit.last, branch.op):
-            return f"the value between {branch.weight.name} and {down.name} is read elsewhere too: {leak(flow, branch.op, unit.last)}"
+        if (where := leak(flow, branch.op, unit.last, branch.channels)) is not None:
+            return f"the value between {branch.block} and {down.name} is read elsewhere too: {where}"
     tags = unit.up.state.tags.expand(unit.product.shape)
     end = arriving(flow.trace(unit.product, unit.last, tags=tags), unit.last)
     arrived = channels_along(end.tags, unit.last.in_axis)
@@ -176,9 +186,12 @@ def _obstacle(flow: Flow, unit: _Unit, partners: dict[Op, set[tuple[str, ...]]])
         return f"the hidden channels of {up.name} are combined with one another before {down.name}"
     if arrived != unit.up.channels:
         return f"the hidden channels of {up.name} reach {down.name} in another order"
-    for weight in weights:
+    for weight, part in zip(weights, unit.blocks, strict=True):
         if (reason := misuse(flow, weight)) is not None:
             return reason
-        if any(partners.get(reader) != {unit.names} for reader in flow.readers[weight.name]):
-            return f"{weight.name} is used a second time, not with {', '.join(name for name in unit.names if name != weight.name)}"
+        for reader in flow.readers[weight.name]:
+            if reader.weight is not None and reader.weight.block.overlaps(part):
+                there = {blocks for blocks in uses.get(reader, ()) if any(map(part.overlaps, blocks))}
+                if there != {unit.blocks}:
+                    return f"{part} is used a second time, not with {', '.join(name for name in unit.names if name != weight.name)}"
     return None

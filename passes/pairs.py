@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pe_fx.graph.channels import Channels, arriving
-from pe_fx.graph.flow import Flow
+from pe_fx.graph.flow import Flow, taken_by
 from pe_fx.graph.operation import Op, Weight
 from pe_fx.graph.ops import Kind
-from pe_fx.graph.tags import channels_along, lies_along, remembered
+from pe_fx.graph.tags import channels_along, channels_in, lies_along, remembered
 from pe_fx.ties import Block, Miss, Site, Tie
 
 _HARMLESS = {Kind.VIEW, Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.NORM, Kind.POOL, Kind.CONV, Kind.SOFTMAX, Kind.REDUCE}
@@ -49,19 +51,14 @@ class Pair:
 
 def pairs(flow: Flow) -> tuple[Pair, ...]:
     """Every pair of matrix weights that no site has claimed, in dataflow order."""
-    return _pairs(flow, len(flow.claimed), len(flow.carriers))
+    return _pairs(flow, flow.progress)
 
 
 @remembered
-def _pairs(flow: Flow, claimed: int, carriers: int) -> tuple[Pair, ...]:
-    """What is claimed and what carries only grows: their numbers tell their sets."""
-    found = []
-    for first in flow.ops:
-        if _is_matrix(first) and first not in flow.carriers and not _is_claimed(flow, first):
-            second = following(flow, first)
-            if second is not None and not _is_claimed(flow, second):
-                found.append(Pair(first, second, flow.between(first, second)))
-    return tuple(found)
+def _pairs(flow: Flow, progress: tuple[int, ...]) -> tuple[Pair, ...]:
+    free = [op for op in flow.ops if _is_matrix(op) and _may_end(flow, op) and not _is_claimed(flow, op)]
+    found = [(first, second) for first in free for second in following(flow, first) if not _is_claimed(flow, second)]
+    return tuple(Pair(first, second, flow.between(first, second)) for first, second in found)
 
 
 def entry_pairs(flow: Flow) -> Iterator[Pair]:
@@ -73,12 +70,14 @@ def entry_pairs(flow: Flow) -> Iterator[Pair]:
             yield pair
 
 
-def following(flow: Flow, first: Op) -> Op | None:
-    """The next matrix weight that everything from `first` must go through, past sites already found."""
+def following(flow: Flow, first: Op) -> Iterator[Op]:
+    """The next matrix weight that everything from `first` must go through; past sites already found, and such as are not tied."""
     for op in flow.enclosed(first):
-        if op.is_projection and op not in flow.carriers:
-            return op if _is_matrix(op) else None
-    return None
+        if op.is_projection and _may_end(flow, op):
+            if _is_matrix(op):
+                yield op
+            if op not in flow.carriers:
+                return
 
 
 def match_pairs(flow: Flow, kind: str, accept: Callable[[Pair], bool]) -> Iterator[Site | Miss]:
@@ -95,15 +94,15 @@ def match_pairs(flow: Flow, kind: str, accept: Callable[[Pair], bool]) -> Iterat
             if pair.is_transposed and accept(pair):
                 groups.setdefault(pair.names, []).append(pair)
         for names, group in groups.items():
-            if names in done or any(name in flow.claimed for name in names):
+            if names in done or any(flow.owner(weight.block) for weight in group[0].weights):
                 continue
             done.add(names)
             reason = _group_obstacle(flow, group)
-            if reason is None:
-                found = True
-                yield Site(kind, common_module(names), names, (tie(*group[0].weights),))
-            else:
+            if reason is not None:
                 yield Miss(kind, common_module(names), names, reason)
+            elif (made := tie(*group[0].weights)) not in flow.found:
+                found = True
+                yield Site(kind, common_module(names), names, (made,))
 
 
 def obstacle(flow: Flow, pair: Pair) -> str | None:
@@ -158,7 +157,7 @@ def _reader_obstacle(flow: Flow, group: list[Pair]) -> str | None:
             return reason
         for reader in flow.readers[weight.name]:
             if reader not in uses[weight.name]:
-                partner = following(flow, reader) if weight is first else next(map(flow.feeder, reader.inputs), None)
+                partner = next(following(flow, reader) if weight is first else map(flow.feeder, reader.inputs), None)
                 there = f", there with {partner.weight.name}" if partner is not None and partner.weight is not None else ""
                 return f"{weight.name} is used a second time{there}, not with {other.name}"
     return None
@@ -219,14 +218,17 @@ def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
 
 def _near_reason(flow: Flow, pair: Pair, closed: bool) -> str | None:
     first, second = pair.weights
-    claimed = [name for name in pair.names if name in flow.claimed]
+    claimed = [(weight.block, site) for weight in pair.weights if (site := flow.owner(weight.block)) is not None]
     if first.name == second.name or len(claimed) == 2:
         return None
     if not _is_matrix(pair.first) or not _is_matrix(pair.second):
         return None if claimed else _kernel_reason(pair)
     if claimed:
         is_loser = closed and pair.is_transposed and obstacle(flow, pair) is None
-        return f"{claimed[0]} belongs to another site already ({flow.claimed[claimed[0]] or 'the model'})" if is_loser else None
+        block, site = claimed[0]
+        return f"{block} {taken_by(site)}" if is_loser else None
+    if not flow.spare.isdisjoint((pair.first, pair.second)):
+        return None  # a pattern of its own, that was not asked for or refused
     if not pair.is_transposed:
         shapes = f"{second.name} is {second.block.shape}, {first.name} is {first.block.shape}"
         return f"{shapes}: not transposes of each other" if closed and _would_fit_otherwise(flow, pair) else None
@@ -256,16 +258,30 @@ def _would_fit_otherwise(flow: Flow, pair: Pair) -> bool:
     return bool(state.activations) and _channel_obstacle(pair, state) is None
 
 
-def leak(flow: Flow, first: Op, second: Op) -> str:
-    """Where the values between two weights go beside the second."""
-    inside = {first, *flow.between(first, second)}
-    for op in sorted(inside, key=lambda op: op.index):
+def leak(flow: Flow, first: Op, second: Op, channels: Collection[int] | None = None) -> str | None:
+    """Where the values between two weights go beside the second; of the first, only those channels count that are given."""
+    others = set() if channels is None else set(range(first.shape[first.out_axis])).difference(channels)
+
+    def counts(op: Op) -> bool:
+        tags = flow.trace(first, op)[op].tags if others else None
+        held = channels_in(tags) if isinstance(tags, Tensor) else None
+        return held is None or not others.issuperset(held)
+
+    on_the_way = {first, *flow.between(first, second)}
+    queue = sorted(on_the_way, key=lambda op: op.index)
+    for op in queue:
+        if not counts(op):
+            continue
         if op in flow.results:
             return f"{op.node.name} is returned"
         for user in flow.users[op]:
-            if user not in inside and user is not second:
+            if user is second or user in on_the_way:
+                continue
+            if not others or user.kind is not Kind.VIEW:
                 return f"{op.node.name} by {user.node.name}"
-    return "an output"
+            on_the_way.add(user)  # whoever reads what counts of it
+            queue.append(user)
+    return None
 
 
 def _is_matrix(op: Op) -> bool:
@@ -273,4 +289,8 @@ def _is_matrix(op: Op) -> bool:
 
 
 def _is_claimed(flow: Flow, op: Op) -> bool:
-    return op.weight is not None and op.weight.name in flow.claimed
+    return op.weight is not None and flow.owner(op.weight.block) is not None
+
+
+def _may_end(flow: Flow, op: Op) -> bool:
+    return op not in flow.carriers or op in flow.spare

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
+from pe_fx.graph.capture import module_of
 from pe_fx.graph.flow import Flow
 from pe_fx.graph.operation import Op
 from pe_fx.graph.ops import Kind
@@ -60,23 +61,24 @@ def share_stages(
     entry: str,
     wanted: Callable[[Site | Miss], bool] = lambda found: True,
     trait: Callable[[str], Hashable] = lambda name: None,
+    forbidden: Callable[[Tie | Entry], str | None] = lambda what: None,
 ) -> tuple[list[Site], list[Miss]]:
     """The same sites and misses, those of the given kinds sharing one matrix per stage.
 
-    Entry blocks take part where they are `wanted`; only weights of one `trait` (trained or frozen, dtype, device) are shared.
+    Entry blocks take part where they are `wanted` and not `forbidden` (then why); only weights of one `trait` (trained or frozen, dtype,
+    device) are shared.
 
     The root of a stage is its first matrix of full shape in dataflow order: an entry block's last weight, else the source of
     the first site. Source: arXiv 2401.16438, stage-level sharing of ResNet blocks.
     """
     result, left = list(sites), list(misses)
     for kind in dict.fromkeys(kinds):
-        entries = {pair: _treated(flow, pair, entry) for pair in entry_pairs(flow)} if kind == "bottleneck" else {}
+        entries = {pair: _treated(flow, pair, entry, forbidden) for pair in entry_pairs(flow)} if kind == "bottleneck" else {}
         entries = {pair: treated for pair, treated in entries.items() if wanted(treated)}
         stages = _stages(flow, [site for site in result if site.kind == kind], entries, trait)
-        replaced: dict[tuple[str, ...], Site] = {}
+        replaced: dict[Site, Site] = {}
         for stage in stages:
-            for site in _shared(stage):
-                replaced[site.weights] = site
+            replaced |= _shared(stage)
             if stage.entry is not None:
                 treated = entries[stage.entry]
                 left = [miss for miss in left if miss.weights != stage.entry.names]
@@ -84,7 +86,7 @@ def share_stages(
                     result.insert(_position(flow, result, stage.entry.first), treated)
                 else:
                     left.append(treated)
-        result = [replaced.get(site.weights, site) for site in result]
+        result = [replaced.get(site, site) for site in result]
     return result, left
 
 
@@ -149,16 +151,16 @@ def _signature(site: Site) -> list[tuple[Shape, Shape, bool]]:
     return [(tie.into.shape, tie.of.shape, tie.transposed) for tie in site.ties]
 
 
-def _shared(stage: _Stage) -> list[Site]:
-    """The stage's sites with every matrix tied to the root."""
+def _shared(stage: _Stage) -> dict[Site, Site]:
+    """The stage's sites, and what they are with every matrix tied to the root."""
     if stage.entry is not None:
         root = stage.entry.weights[1].block
-        return [_to_target(site, root) for site in stage.sites]
+        return {site: _to_target(site, root) for site in stage.sites}
     if len(stage.sites) < 2:
-        return []
+        return {}
     leader = stage.sites[0]
     name = leader.ties[0].source
-    return [dataclasses.replace(leader, stage=name)] + [_to_source(site, leader, name) for site in stage.sites[1:]]
+    return {site: dataclasses.replace(leader, stage=name) if site is leader else _to_source(site, leader, name) for site in stage.sites}
 
 
 def _to_source(site: Site, leader: Site, stage: str) -> Site:
@@ -175,13 +177,14 @@ def _to_target(site: Site, root: Block) -> Site:
     return dataclasses.replace(site, ties=ties, stage=root.name)
 
 
-def _treated(flow: Flow, pair: Pair, treatment: str) -> Site | Miss:
+def _treated(flow: Flow, pair: Pair, treatment: str, forbidden: Callable[[Tie | Entry], str | None]) -> Site | Miss:
     """An entry block as a site, or as a miss that says why its first weight stays dense."""
     first, second = pair.weights
     name = common_module(pair.names)
     shapes = f"{second.name} is {second.block.shape}, {first.name} is {first.block.shape}: not transposes of each other"
     if treatment == "keep":
-        hint = "; entry='slice' or 'expand' would tie it to the stage's W" if first.inputs < second.outputs else ""
+        others = [other for other in ENTRIES[1:] if isinstance(_treated(flow, pair, other, forbidden), Site)]
+        hint = f"; entry={' or '.join(map(repr, others))} would tie it to the stage's W" if others else ""
         return Miss("bottleneck", name, pair.names, shapes + hint)
     entry = _shortcut(flow, pair, treatment)
     if isinstance(entry, str):
@@ -192,6 +195,9 @@ def _treated(flow: Flow, pair: Pair, treatment: str) -> Site | Miss:
     else:
         wide = (first.outputs, second.outputs, *first.block.full_shape[2:])
         tie = Tie(Block.whole(first.name, wide), root, True, channels=first.in_dim)
+    reason = forbidden(tie) or forbidden(entry)
+    if reason is not None:
+        return Miss("bottleneck", name, pair.names, f"{shapes}; entry={treatment!r} does not apply: {reason}")
     return Site("bottleneck", name, pair.names, (tie,), stage=root.name, entry=entry)
 
 
@@ -210,13 +216,16 @@ def _shortcut(flow: Flow, pair: Pair, treatment: str) -> Entry | str:
     others = [op for op in join.inputs if op not in main]
     convs: list[Op] = []
     norms: list[Op] = []
+    passed: list[Op] = []
     current = others[0] if len(others) == 1 else source
     while current is not source:
         if current.is_projection and current.weight is not None and current.weight.is_matrix:
             convs.append(current)
         elif current.kind is Kind.NORM:
             norms.append(current)
-        elif current.kind not in _SHORTCUT and not current.is_depthwise:
+        elif current.kind in _SHORTCUT or current.is_depthwise:
+            passed.append(current)
+        else:
             return f"its shortcut passes {current.name or current.node.name}"
         if len(current.inputs) != 1:
             return "its shortcut has several inputs"
@@ -224,19 +233,45 @@ def _shortcut(flow: Flow, pair: Pair, treatment: str) -> Entry | str:
     if len(convs) != 1 or convs[0].weight is None or convs[0].weight.block.full_shape[2:] != first.block.full_shape[2:]:
         return "its shortcut is not one 1x1 convolution"
     conv = convs[0].weight.name
-    modules = [name.rpartition(".")[0] for op in norms for name in op.parameters[:1]]
-    if treatment == "expand" and (second.outputs - first.inputs) % first.inputs:
-        return f"{second.outputs} - {first.inputs} new channels are no multiple of {first.inputs}"
+    block = common_module((first.name, second.name, conv))
+    modules = {op: _module(op.parameters[0]) for op in (*convs, *norms) if op.parameters}
+    if block in modules.values() or not _are_called(flow, modules, passed):
+        return "its shortcut is not made of modules that do nothing else and are called once"
+    if treatment == "expand":
+        if (second.outputs - first.inputs) % first.inputs:
+            return f"{second.outputs} - {first.inputs} new channels are no multiple of {first.inputs}"
+        if not _is_input(flow, source, block, {pair.first, convs[0], *norms, *passed}):
+            return f"the value that it works on is not, or not only, the input of {block or 'the model'}"
     return Entry(
         treatment=treatment,
-        block=common_module((first.name, second.name, conv)),
-        conv1=first.name.rpartition(".")[0],
-        convs=(conv.rpartition(".")[0],),
-        norms=tuple(modules),
+        block=block,
+        conv1=_module(first.name),
+        convs=(modules[convs[0]],),
+        norms=tuple(modules[op] for op in norms if op in modules),
         width=first.inputs,
         out=second.outputs,
         stride=convs[0].stride,
     )
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _are_called(flow: Flow, modules: Mapping[Op, str], beside: Iterable[Op]) -> bool:
+    """Whether each of these operations is all that its module does, and nothing `beside` them is done there."""
+    alone = len(set(modules.values())) == len(modules) and not any(module_of(op.node) in modules.values() for op in beside)
+    called = all(module_of(op.node) in (None, module) for op, module in modules.items())  # None: not recorded
+    return alone and called and all(flow.readers[op.parameters[0]] == [op] for op in modules)
+
+
+def _is_input(flow: Flow, value: Op, block: str, readers: set[Op]) -> bool:
+    """Whether a value comes from outside of a module, in which only these operations read it."""
+
+    def is_inside(op: Op) -> bool:
+        return op.kind is not Kind.INPUT and f"{module_of(op.node)}.".startswith(f"{block}." if block else "")
+
+    return not is_inside(value) and value not in flow.results and all(user in readers for user in flow.users[value] if is_inside(user))
 
 
 def _position(flow: Flow, sites: list[Site], first: Op) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,16 +21,16 @@ from pe_fx.graph.inputs import ExampleInputs
 from pe_fx.graph.ops import value_of
 from pe_fx.graph.strides import fails, outline
 from pe_fx.graph.tags import tracing
-from pe_fx.passes import DEFAULT_RULES, Rule, find
+from pe_fx.passes import DEFAULT_RULES, Rule, find, tieable
 from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.passes.variants import GAIN, MIXES, vary
 from pe_fx.tied.entry import widen_params
 from pe_fx.tied.layouts import layout_of
-from pe_fx.tied.owners import Owner, forbidden, owners_in
+from pe_fx.tied.owners import Owner, forbidden, owners_in, unfit, unfit_entry
 from pe_fx.tied.rewrite_graph import rewrite_graph
 from pe_fx.tied.rewrite_modules import INITS, rewrite_modules
 from pe_fx.tied.weight import Tied
-from pe_fx.ties import Miss, Plan, Shape, Site, Tie
+from pe_fx.ties import Entry, Miss, Plan, Shape, Site, Tie
 
 KINDS = tuple(rule.kind for rule in DEFAULT_RULES)
 
@@ -69,16 +70,15 @@ def plan(
     custom = [rule for rule in chosen if rule not in DEFAULT_RULES]
     with tracing():
         flow = Flow(captured)
-        sites, misses = find(flow, (*custom, *DEFAULT_RULES))
         owners = {name: Owner(value_of(node), name) for node, name in captured.weights.items()} | owners
-        sites, refused = _tieable(filter(wanted, sites), owners)
-        misses = [miss for miss in (*misses, *refused) if wanted(miss)]
-        sites, misses = share_stages(flow, sites, misses, share, entry, wanted, functools.partial(_trait, owners))
-    sites, refused = _tieable(sites, owners)
-    sites = _laid_out(vary(sites, mix, options["gain"]), captured)
+        against = functools.partial(_against, owners, dict(model.named_modules(remove_duplicate=False)))
+        sites, misses = find(flow, (*custom, *DEFAULT_RULES), wanted, against)
+        sites, misses = share_stages(flow, sites, misses, share, entry, wanted, functools.partial(_trait, owners), against)
+    judged = [tieable(site, against) for site in sites]  # stages have other ties
+    sites = _laid_out(vary((site for site, _ in judged if site is not None), mix, options["gain"]), captured)
+    misses += [miss for _, refused in judged for miss in refused]
     shapes = captured.shapes() | {owner.name: tuple(owner.parameter.shape) for owner in owners.values()}
-    misses = list(dict.fromkeys((*misses, *refused)))
-    return plan_of(sites, shapes, misses, {"rules": tuple(rule.kind for rule in chosen)} | options)
+    return plan_of(sites, shapes, list(dict.fromkeys(misses)), {"rules": tuple(rule.kind for rule in chosen)} | options)
 
 
 def plan_of(
@@ -150,14 +150,11 @@ def transform(
     Source: O. C. Koyun, B. U. Töreyin, arXiv 2401.16438.
     """
     check_one_of("init", init, INITS)
-    made = plan(model, example_inputs, rules=rules, share=share, entry=entry, include=include, exclude=exclude, mix=mix, gain=gain)
+    options = {"rules": rules, "share": share, "entry": entry, "include": include, "exclude": exclude, "mix": mix, "gain": gain}
+    made = plan(model, example_inputs, **options)  # type: ignore[arg-type]
     if not made.sites and not any(isinstance(module, Tied) for module in model.modules()):
-        detail = f" ({len(made.misses)} near misses: {made.misses[0].reason}, …)" if made.misses else ""
-        warnings.warn(
-            f"nothing in this {type(model).__name__} can be tied{detail}; print(pe_fx.plan(model).explain()) says why",
-            NoSitesWarning,
-            stacklevel=2,
-        )
+        call = _call_of_plan(example_inputs is not None, options)
+        warnings.warn(f"nothing in this {type(model).__name__} can be tied{_nearly(made.misses, call)}", NoSitesWarning, stacklevel=2)
     return apply(model, made, init=init, inplace=inplace)
 
 
@@ -182,6 +179,29 @@ def apply(model: nn.Module, plan: Plan, *, init: str = "keep", inplace: bool = F
     else:
         rewrite_modules(result, plan, init)
     return result
+
+
+def _call_of_plan(has_inputs: bool, options: Mapping[str, Any]) -> str:
+    """The call that makes the same plan. What has no plain form goes by the name of its parameter.
+
+    >>> _call_of_plan(True, {"rules": ["mlp", object()], "include": ["layer3.*"], "share": ("bottleneck",)})
+    "pe_fx.plan(model, example_inputs, rules=rules, include=['layer3.*'])"
+    """
+
+    def is_plain(value: object) -> bool:
+        return all(map(is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, (str, int, float))
+
+    defaults = {name: repr(parameter.default) for name, parameter in inspect.signature(plan).parameters.items()}
+    given = [f"{name}={repr(value) if is_plain(value) else name}" for name, value in options.items() if repr(value) != defaults[name]]
+    return f"pe_fx.plan({', '.join(['model', *['example_inputs'] * has_inputs, *given])})"
+
+
+def _nearly(misses: Sequence[Miss], call: str) -> str:
+    if not misses:
+        return f", and nothing comes near it: {call} has no near miss"
+    several = len(misses) > 1
+    count = f"{len(misses)} near misses" if several else "1 near miss"
+    return f" ({count}: {misses[0].reason}{', …' * several}); print({call}.explain()) shows {'them' if several else 'it'}"
 
 
 def _checked_rules(rules: Sequence[str | Rule]) -> tuple[Rule, ...]:
@@ -239,20 +259,12 @@ def _selected(found: Site | Miss, include: Sequence[str] | None, exclude: Sequen
 
 def _trait(owners: Mapping[str, Owner], name: str) -> tuple[object, ...] | None:
     owner = owners.get(name)
-    return None if owner is None else (owner.parameter.requires_grad, owner.parameter.dtype, owner.parameter.device)
+    return None if owner is None else (owner.parameter.requires_grad, owner.parameter.dtype, owner.parameter.device, unfit(owner))
 
 
-def _tieable(sites: Iterable[Site], owners: Mapping[str, Owner]) -> tuple[list[Site], list[Miss]]:
-    """Refuses ties that the weights themselves forbid."""
-    kept: list[Site] = []
-    misses: list[Miss] = []
-    for site in sites:
-        reasons = {tie: reason for tie in site.ties if (reason := forbidden(tie, owners)) is not None}
-        misses += [Miss(site.kind, site.name, tuple(dict.fromkeys((tie.source, tie.target))), reason) for tie, reason in reasons.items()]
-        ties = tuple(tie for tie in site.ties if tie not in reasons)
-        if ties:
-            kept.append(replace(site, ties=ties))
-    return kept, misses
+def _against(owners: Mapping[str, Owner], modules: Mapping[str, nn.Module], what: Tie | Entry) -> str | None:
+    """Why the weights and modules themselves forbid a tie or the treatment of an entry block."""
+    return forbidden(what, owners) if isinstance(what, Tie) else unfit_entry(what, modules)
 
 
 def _laid_out(sites: Iterable[Site], captured: Captured) -> list[Site]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections import Counter
@@ -70,7 +71,11 @@ def _trimmed(shape: Shape, axes: tuple[int, int]) -> Shape:
 
 
 def overlap(a: Ranges, b: Ranges) -> bool:
-    return any(start < other_stop and other < stop for start, stop in a for other, other_stop in b)
+    """
+    >>> overlap(((0, 2), (4, 6)), ((2, 4), (6, 8))), overlap(((0, 2), (4, 6)), ((2, 5),))
+    (False, True)
+    """
+    return any(start < stop for (_, stop), (start, _) in itertools.pairwise(sorted((*a, *b))))
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,11 @@ class Block:
     @property
     def is_whole(self) -> bool:
         return self.shape == self.full_shape
+
+    @functools.cached_property
+    def divided(self) -> tuple[int, ...]:
+        """The dimensions of which the block has only a part."""
+        return tuple(dim for dim, (size, full) in enumerate(zip(self.shape, self.full_shape, strict=True)) if size != full)
 
     def overlaps(self, other: Block) -> bool:
         return self.name == other.name and all(map(overlap, self.ranges, other.ranges))

@@ -501,6 +501,45 @@ def test_no_sites_warns_and_leaves_the_model() -> None:
     assert result is not model
 
 
+def warned(model: nn.Module, *inputs: Any, **options: Any) -> str:
+    with pytest.warns(NoSitesWarning) as caught:
+        pe_fx.transform(model, *inputs, **options)
+    return str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ({}, "pe_fx.plan(model, example_inputs)"),
+        ({"include": ["0", "1.*"], "gain": 0}, "pe_fx.plan(model, example_inputs, include=['0', '1.*'], gain=0)"),
+        ({"rules": ("mlp",), "share": (), "entry": "slice"}, "pe_fx.plan(model, example_inputs, rules=('mlp',), share=(), entry='slice')"),
+        ({"rules": [Mlp()], "init": "mean"}, "pe_fx.plan(model, example_inputs, rules=rules)"),
+    ],
+    ids=str,
+)
+def test_no_sites_names_the_call_that_says_why(options: dict[str, Any], call: str) -> None:
+    model = Net(lambda m, x: m.b(m.a(x + 1).relu()), a=linear(8, 16), b=linear(16, 4))
+    model = nn.Sequential(model, nn.Sequential(linear(4, 6), nn.Identity(), linear(6, 4)))
+    text = warned(model, X, **options)
+    assert "can be tied (2 near misses: no nonlinearity stands between 1.0.weight and 1.2.weight" in text
+    assert text.endswith(f", …); print({call}.explain()) shows them")
+    made = eval(call, {"pe_fx": pe_fx, "model": model, "example_inputs": X, "rules": options.get("rules")})
+    assert len(made.misses) == 2
+    assert made.misses[0].reason in text
+
+
+def test_no_sites_without_inputs() -> None:
+    model = nn.Sequential(linear(8, 16), nn.ReLU(), linear(16, 4))
+    reason = "2.weight is (4, 16), 0.weight is (16, 8): not transposes of each other"
+    assert warned(model) == f"nothing in this Sequential can be tied (1 near miss: {reason}); print(pe_fx.plan(model).explain()) shows it"
+
+
+def test_no_sites_and_no_near_miss() -> None:
+    call = "pe_fx.plan(model, example_inputs, rules=['glu'])"
+    expected = f"nothing in this Sequential can be tied, and nothing comes near it: {call} has no near miss"
+    assert warned(mlp(), X, rules=["glu"]) == expected
+
+
 def test_no_sites_inplace() -> None:
     model = nn.Sequential(linear(8, 16))
     with pytest.warns(NoSitesWarning):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_equals_twin, dense_twin, linear, ties
+from oracle import assert_equals_twin, assert_miss, dense_twin, linear, ties
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
@@ -280,8 +280,15 @@ def test_entry_of_a_graph_module(entry: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.relu(self.body(x) + self.shortcut(x))
 
-    with pytest.raises(PeFxError, match=rf"entry='{entry}' changes what the module .* transform the model, then trace it"):
-        pe_fx.transform(symbolic(Residual(), IMAGE[:, :8]), IMAGE[:, :8], entry=entry)
+    model = nn.Sequential(Residual())
+    gm = symbolic(model, IMAGE[:, :8])
+    message = rf"entry='{entry}' does not apply: it changes what the module .* transform the model, then trace it"
+    assert_miss(gm, IMAGE[:, :8], message, kind="bottleneck", entry=entry)
+    assert not any("entry=" in miss.reason for miss in pe_fx.plan(gm, IMAGE[:, :8]).misses)
+    made = pe_fx.plan(model, IMAGE[:, :8], entry=entry)  # as the reason has it
+    symbolic(pe_fx.apply(model, made), IMAGE[:, :8])
+    with pytest.raises(PeFxError, match=message):
+        pe_fx.apply(gm, made)
 
 
 def test_a_class_made_for_one_module_goes_with_it() -> None:

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -69,11 +69,11 @@ class Chain:
     borrows: str | None = None
 
     @property
-    def site(self) -> Expected | None:
+    def sites(self) -> list[Expected]:
         in_order = {self.before, self.after}.isdisjoint(BREAKING) or self.before == self.after == "flip"
         if self.activation is None or not in_order or self.leak or self.frozen:
-            return None
-        return "bottleneck" if self.form == "conv" and "depthwise" in (self.before, self.after) else "mlp", ("first", "second")
+            return []
+        return [("bottleneck" if self.form == "conv" and "depthwise" in (self.before, self.after) else "mlp", ("first", "second"))]
 
     def lends_to(self, other: Chain) -> bool:
         return (self.form, self.hidden) == (other.form, other.hidden)
@@ -134,10 +134,10 @@ class Gate:
     after: str = "nothing"
 
     @property
-    def site(self) -> Expected | None:
+    def sites(self) -> list[Expected]:
         if self.activation is None or self.after in BREAKING:
-            return None
-        return "glu", ("up", "down") if self.fused else ("gate", "up", "down")
+            return []
+        return [("glu", ("up", "down") if self.fused else ("gate", "up", "down"))]
 
 
 class GateBlock(nn.Module):
@@ -167,11 +167,11 @@ class Attend:
     after: str = "nothing"
 
     @property
-    def site(self) -> Expected | None:
+    def sites(self) -> list[Expected]:
         if self.written_out and not self.softmax:
-            return None
+            return []
         inner = {"apart": ("q", "k", "v"), "kv": ("q", "kv"), "qkv": ("qkv",)}[self.weights]
-        return "attention", inner if self.after == "mean" else (*inner, "proj")
+        return [("attention", inner if self.after == "mean" else (*inner, "proj"))]
 
 
 class AttendBlock(nn.Module):
@@ -193,8 +193,57 @@ class AttendBlock(nn.Module):
         return x + F.linear((HARMLESS | BREAKING)[self.spec.after](y.transpose(1, 2).flatten(-2)), self.proj)
 
 
-Spec = Chain | Gate | Attend
-BLOCKS = {Chain: ChainBlock, Gate: GateBlock, Attend: AttendBlock}
+@dataclass(frozen=True)
+class Parallel:
+    """Attentions and gated units side by side, so many of each: one weight makes what they work with, in any order of `roles`.
+
+    `frozen`: their last weights that are not trained. Roles are named by a letter and the number of the unit.
+    """
+
+    attentions: int
+    gates: int
+    roles: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
+    transposed: bool = False
+    hidden: int = 12
+
+    @property
+    def lasts(self) -> list[str]:
+        return [f"o{i}" for i in range(self.attentions)] + [f"d{i}" for i in range(self.gates)]
+
+    @property
+    def sites(self) -> list[Expected]:
+        gated = [name for name in self.lasts if name[0] == "d" and name not in self.frozen]
+        return [("attention", ("w", f"o{i}")) for i in range(self.attentions)] + [("glu", ("w", name)) for name in gated]
+
+
+class ParallelBlock(nn.Module):
+    def __init__(self, spec: Parallel) -> None:
+        super().__init__()
+        self.spec = spec
+        self.widths = [spec.hidden if role[0] in "gu" else WIDTH for role in spec.roles]
+        shape = (sum(self.widths), WIDTH)
+        self.w = nn.Parameter(torch.randn(shape[::-1] if spec.transposed else shape) / 4)
+        for name in spec.lasts:
+            last = nn.Parameter(torch.randn(WIDTH, WIDTH if name[0] == "o" else spec.hidden) / 4)
+            setattr(self, name, last.requires_grad_(name not in spec.frozen))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = normed(x) @ self.w if self.spec.transposed else F.linear(normed(x), self.w)
+        part = dict(zip(self.spec.roles, y.split(self.widths, -1), strict=True))
+        for name in self.spec.lasts:
+            i = name[1:]
+            if name[0] == "o":
+                q, k, v = (part[role + i].unflatten(-1, (2, -1)).transpose(1, 2) for role in "qkv")
+                hidden = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+            else:
+                hidden = F.silu(part["g" + i]) * part["u" + i]
+            x = x + F.linear(hidden, getattr(self, name))
+        return x
+
+
+Spec = Chain | Gate | Attend | Parallel
+BLOCKS = {Chain: ChainBlock, Gate: GateBlock, Attend: AttendBlock, Parallel: ParallelBlock}
 
 changes = st.sampled_from([*HARMLESS] * 3 + [*BREAKING])
 sizes = st.sampled_from((8, 12, 16))
@@ -228,6 +277,14 @@ attentions = st.builds(
     st.sampled_from((1, 2)),
     st.sampled_from(("nothing", "mean")),
 )
+
+
+@st.composite
+def parallels(draw: st.DrawFn) -> Parallel:
+    attentions, gates = draw(st.sampled_from([(1, 1), (2, 0), (0, 2), (2, 1), (1, 2)]))
+    roles = [f"{role}{i}" for i in range(attentions) for role in "qkv"] + [f"{role}{i}" for i in range(gates) for role in "gu"]
+    spec = Parallel(attentions, gates, tuple(draw(st.permutations(roles))), transposed=draw(st.booleans()))
+    return replace(spec, frozen=tuple(name for name in spec.lasts if draw(seldom)))
 
 
 @dataclass(frozen=True)
@@ -265,15 +322,16 @@ class Network:
         lent = {i for borrower, lender, _ in self.loans() for i in (borrower, lender)}
         found = set()
         for i, (spec, depth) in enumerate(zip(self.blocks, self.depths, strict=False)):
-            if spec.site is not None and spec.site[0] in rules and i != exclude and i not in lent:
-                path = ".".join([str(i), *["0"] * depth])
-                found.add((spec.site[0], frozenset(f"{path}.{name}" for name in spec.site[1])))
+            for kind, names in spec.sites:
+                if kind in rules and i != exclude and i not in lent:
+                    path = ".".join([str(i), *["0"] * depth])
+                    found.add((kind, frozenset(f"{path}.{name}" for name in names)))
         return found
 
 
 networks = st.builds(
     Network,
-    blocks=st.lists(st.one_of(chains, chains, gates, attentions), min_size=1, max_size=4).map(tuple),
+    blocks=st.lists(st.one_of(chains, chains, gates, attentions, parallels()), min_size=1, max_size=4).map(tuple),
     depths=st.tuples(*[st.integers(0, 2)] * 4),
     again=seldom,
 )

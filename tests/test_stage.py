@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracle import Net, assert_equals_twin, assert_hit, assert_idempotent, ties
 from torch import Tensor, fx, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 import pe_fx
 from pe_fx import PeFxError
@@ -317,7 +317,7 @@ def test_entry_module_of_another_name(entry: str) -> None:
 
     net = nn.Sequential(Renamed(), Block(), Block())
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(PeFxError, match=rf"0\.downsample\.0, a module that entry='{entry}' treats, is missing"):
+    with pytest.raises(PeFxError, match=rf"entry='{entry}' does not apply: 0\.downsample\.0, a module that it treats, is missing"):
         pe_fx.apply(net, pe_fx.plan(stage(), NARROW, entry=entry), init="mean", inplace=True)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
@@ -370,6 +370,126 @@ def test_entry_frozen_beside_trained() -> None:
     tied = pe_fx.apply(net, made)
     assert tied(NARROW).shape == net(NARROW).shape
     assert count(tied) == made.params_after
+
+
+class Mobile(nn.Module):
+    """MobileNetV2's first blocks: no shortcut goes around the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [[conv(inputs, MID), nn.ReLU(), conv(MID, MID, 3, groups=MID), nn.ReLU(), conv(MID, OUT)] for inputs in (IN, OUT, OUT)]
+        self.a, self.b, self.c = (nn.Sequential(*part) for part in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = x + self.b(x)
+        return x + self.c(x)
+
+
+class Bare(nn.Module):
+    """An entry block whose weights are its own parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"a": (MID, IN, 1, 1), "k": (MID, MID, 3, 3), "b": (OUT, MID, 1, 1), "short": (OUT, IN, 1, 1)}
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(F.conv2d(x, self.a).relu(), self.k, padding=1).relu()
+        return F.conv2d(y, self.b) + F.conv2d(x, self.short)
+
+
+class NotCalled(Block):
+    """The shortcut's convolution is applied by its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample[1](F.conv2d(x, self.downsample[0].weight)))
+
+
+class CalledTwice(Block):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), self.downsample(x + 1)
+
+
+class Pooled(nn.Conv2d):
+    """A convolution that also does what would go with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.avg_pool2d(x, 2))
+
+
+class ReadsItsInput(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.mean((1, 2, 3), keepdim=True)
+
+
+class WithStem(Block):
+    def __init__(self) -> None:
+        super().__init__(IN)
+        self.stem = conv(IN, IN, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.relu(self.stem(x)))
+
+
+def frozen_entry() -> nn.Module:
+    net = stage()
+    net[0].conv1.weight.requires_grad_(False)
+    return net
+
+
+def parametrized_entry() -> nn.Module:
+    net = stage()
+    parametrize.register_parametrization(net[0].conv1, "weight", nn.Identity())
+    return net
+
+
+def pooled_inside() -> nn.Module:
+    net = stage()
+    net[0].downsample = nn.Sequential(Pooled(IN, OUT, 1), nn.BatchNorm2d(OUT))
+    return net
+
+
+ENTRIES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "a stage": (stage, {"slice", "expand"}),
+    "no shortcut": (Mobile, set()),
+    "widths that do not divide": (lambda: nn.Sequential(conv(IN, 6), Block(6, 2), Block()), {"slice"}),
+    "frozen": (frozen_entry, set()),
+    "parametrized": (parametrized_entry, set()),
+    "bare weights": (lambda: nn.Sequential(Bare(), Block()), set()),
+    "the model itself": (Bare, set()),
+    "not called": (lambda: nn.Sequential(NotCalled(IN), Block()), set()),
+    "called twice": (lambda: CalledTwice(IN), set()),
+    "pooled in the convolution": (pooled_inside, set()),
+    "input read elsewhere": (lambda: nn.Sequential(ReadsItsInput(IN), Block()), {"slice"}),
+    "stem in the block": (lambda: nn.Sequential(WithStem(), Block()), {"slice"}),
+    "input not the model's": (lambda: nn.Sequential(conv(IN, IN, 3), nn.ReLU(), Block(IN)), {"slice", "expand"}),
+}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_keep_names_the_treatments_that_tie_more(case: str) -> None:
+    build, expected = ENTRIES[case]
+    net = build()
+    made = pe_fx.plan(net, NARROW)
+    assert {entry for entry in ("slice", "expand") if f"{entry!r}" in made.explain()} == expected
+    for entry in ("slice", "expand"):
+        other = pe_fx.plan(net, NARROW, entry=entry)
+        assert (len(other.ties) > len(made.ties)) == (entry in expected)
+        assert entry in expected or f"entry={entry!r} does not apply: " in other.explain()
+        tied = pe_fx.apply(net, other)
+        assert count(tied) == other.params_after
+        tied(NARROW)
+
+
+def test_a_stage_whose_entry_cannot_share_its_weight() -> None:
+    net = stage()
+    parametrize.register_parametrization(net[0].conv3, "weight", nn.Identity())
+    made = pe_fx.plan(net, NARROW)
+    assert ties(made) == ["1.conv3.weight ← 1.conv1.weightᵀ", "2.conv1.weight ← 1.conv1.weight", "2.conv3.weight ← 1.conv1.weightᵀ"]
+    assert_equals_twin(net, pe_fx.apply(net, made), made, NARROW)
 
 
 def test_wider_input_than_output_stays_dense() -> None:

@@ -7,6 +7,7 @@ chunk of `in_proj_weight`, a standardised kernel, a rotary table) is folded into
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -20,31 +21,81 @@ from pe_fx.graph.plain import memory_chain, written_whole
 from pe_fx.graph.tags import numbered
 from pe_fx.graph.walks import encloses, immediate_dominators, nested, reached
 from pe_fx.graph.weights import Static, attach_weight
+from pe_fx.ties import Block, Site, Tie
 
 Test = Callable[[Op], bool]
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A part of a parameter that a site ties away (`is_target`) or reads in its place."""
+
+    block: Block
+    site: Site
+    is_target: bool
+
+
 class Flow:
-    """The operations of a captured graph, in order, with their dominance relations."""
+    """The operations of a captured graph, in order, with their dominance relations.
+
+    As rules find sites, `claimed` says of each parameter which parts of it are taken, and `found` holds the ties that were found, made
+    or not; `carriers` are the operations that are a step to other patterns, `spare` those among them where patterns may end all the same.
+    """
 
     def __init__(self, captured: Captured) -> None:
         self.ops: list[Op] = []
         self.readers: dict[str, list[Op]] = {}
-        self.claimed: dict[str, str] = {}
+        self.claimed: dict[str, list[Claim]] = {}
+        self.found: set[Tie] = set()
         self.carriers: set[Op] = set()
+        self.spare: set[Op] = set()
         self._of_node: dict[fx.Node, Op] = {}
         self._between: dict[tuple[Op, Op], tuple[Op, ...]] = {}
         self._traces: dict[tuple[Op, int], dict[Op, Channels]] = {}  # carriers only grow: their number tells their set
         self._build(captured)
         self._dominance()
 
-    # ---- construction
+    # ---- what is taken
 
-    def claim(self, weights: Iterable[str], site: str) -> None:
-        """From here on these weights belong to `site`, and who applies them is one step to the patterns around it."""
-        for name in weights:
-            self.claimed[name] = site
-            self.carriers.update(op for op in self.readers[name] if op.weight is not None)
+    def claim(self, site: Site, ties: Collection[Tie]) -> None:
+        """Of the pattern `site`, these ties are made: what they tie is taken from here on.
+
+        Who applies its weights is one step to the patterns around it, and if its tie is not made, an end of other patterns, too.
+        """
+        self.found.update(site.ties)
+        self.carriers |= self._applying(site.weights)
+        for tie in site.ties:
+            if tie not in ties:
+                self.spare |= self._applying((tie.target, tie.source))
+                continue
+            for block in (tie.into, tie.of):
+                self.claimed.setdefault(block.name, []).append(Claim(block, site, block is tie.into))
+
+    def owner(self, block: Block) -> Site | None:
+        """The site to which a part of the block belongs."""
+        return next((claim.site for claim in self.claimed.get(block.name, ()) if claim.block.overlaps(block)), None)
+
+    def clash(self, site: Site, tie: Tie) -> str | None:
+        """Why a tie cannot be made beside those that are. Several sites of one kind may read the same rows, none else."""
+        for block in (tie.into, tie.of):
+            for claim in self.claimed.get(block.name, ()):
+                both_read = block is tie.of and not claim.is_target and claim.site.kind == site.kind
+                if claim.block.overlaps(block) and not both_read:
+                    return f"{block} {taken_by(claim.site)}"
+        beside = [claim.block for claim in self.claimed.get(tie.target, ()) if claim.is_target]
+        if len({dim for block in (*beside, tie.into) for dim in block.divided}) > 1:
+            return f"{', '.join(map(str, (*beside, tie.into)))} would be tied: a weight is divided along one dimension only"
+        return None
+
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """All of it only grows: the numbers tell the sets."""
+        return sum(map(len, self.claimed.values())), len(self.carriers), len(self.spare)
+
+    def _applying(self, names: Iterable[str]) -> set[Op]:
+        return {op for name in names for op in self.readers[name] if op.weight is not None}
+
+    # ---- construction
 
     def _build(self, captured: Captured) -> None:
         static = Static(captured)
@@ -115,7 +166,6 @@ class Flow:
         self._idom = immediate_dominators(sources, entry)
         self._ipdom = immediate_dominators(users, leave)
         self._intervals = nested(self._idom, entry)
-        self._post_intervals = nested(self._ipdom, leave)
         self._feeders: dict[int, Op | None] = {entry: None}
         for op in self.ops:
             own = op.kind in (Kind.PROJECTION, Kind.LOOKUP) or (op.kind is Kind.CONV and not op.is_depthwise)
@@ -126,10 +176,6 @@ class Flow:
     def dominates(self, first: Op, second: Op) -> bool:
         """Whether every way from the inputs to `second` leads through `first`."""
         return encloses(self._intervals, first.index, second.index)
-
-    def post_dominates(self, second: Op, first: Op) -> bool:
-        """Whether every way from `first` to the outputs leads through `second`."""
-        return encloses(self._post_intervals, second.index, first.index)
 
     def feeder(self, op: Op) -> Op | None:
         """The nearest operation with a weight that every way to `op` leads through (itself, if it has one)."""
@@ -197,6 +243,10 @@ class Flow:
             if op not in states:
                 states[op] = transfer(op, states, passing, loosely)
         return states
+
+
+def taken_by(site: Site) -> str:
+    return f"belongs to another site already ({site.name or 'the model'})"
 
 
 def _own_channels(op: Op) -> Channels:

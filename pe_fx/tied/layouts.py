@@ -45,12 +45,7 @@ def by_target(ties: Iterable[Tie]) -> dict[str, list[Tie]]:
 
 def axis_of(ties: list[Tie]) -> int:
     """The dimension along which the ties divide their target."""
-    axes = {
-        dim
-        for tie in ties
-        for dim, (ranges, size) in enumerate(zip(tie.into.ranges, tie.into.full_shape, strict=True))
-        if length(ranges) != size
-    }
+    axes = {dim for tie in ties for dim in tie.into.divided}
     if len(axes) > 1:
         raise PeFxError(f"{ties[0].target} would be tied along several dimensions: {', '.join(map(str, ties))}")
     return axes.pop() if axes else 0

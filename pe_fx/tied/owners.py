@@ -10,28 +10,30 @@ import torch
 from torch import Tensor, fx, nn
 
 from pe_fx.tied.weight import before_tied, tied_weights_in
-from pe_fx.ties import Tie
+from pe_fx.ties import Entry, Tie
+
+_BEFORE = "transform the model, then trace it"
+_ONCE = "transform the model once, with all its rules (pe_fx.untie undoes one)"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A parameter, or the value that stands for it in a graph; its first name; its module; in how many places it is held; and what
-    an earlier transform made of it, in words."""
+    """A parameter, or the value that stands for it in a graph; its first name; its module; in how many places it is held; and, after
+    an earlier transform, the weight that it is what is left of, and one that is tied to it."""
 
     parameter: Tensor
     name: str
     module: nn.Module | None = None
     places: int = 1
-    tied: str = ""
+    left_of: str = ""
+    read_by: str = ""
 
 
 def owners_in(model: nn.Module) -> dict[str, Owner]:
     """The owner of every parameter, under each of its names."""
     modules = list(model.named_modules(remove_duplicate=False))
     places = Counter(id(parameter) for module in {module for _, module in modules} for parameter in module._parameters.values())
-    views = {
-        (id(module), name): f"the source of {full}" for full, _, _, weight in tied_weights_in(model) for module, name in weight.sources
-    }
+    views = {(id(module), name): full for full, _, _, weight in tied_weights_in(model) for module, name in weight.sources}
     first: dict[int, str] = {}
     owners = {}
     for path, module in modules:
@@ -39,8 +41,8 @@ def owners_in(model: nn.Module) -> dict[str, Owner]:
             if parameter is not None:
                 name = f"{path}.{attribute}" if path else attribute
                 was = before_tied(module, attribute)
-                tied = f"what is left of {was}" if was != attribute else views.get((id(module), attribute), "")
-                owners[name] = Owner(parameter, first.setdefault(id(parameter), name), module, places[id(parameter)], tied)
+                left_of, read_by = was if was != attribute else "", views.get((id(module), attribute), "")
+                owners[name] = Owner(parameter, first.setdefault(id(parameter), name), module, places[id(parameter)], left_of, read_by)
     return owners
 
 
@@ -50,13 +52,10 @@ def forbidden(tie: Tie, owners: Mapping[str, Owner]) -> str | None:
     if target is None or source is None:
         return None
     for name, owner in ((tie.target, target), (tie.source, source)):
-        if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
-            return f"{name} is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
-        if isinstance(owner.module, fx.GraphModule):
-            return f"{name} is held by a GraphModule itself, which every copy rebuilds from its graph: transform the model, then trace it"
-    if target.tied or source.tied.startswith("what is left"):
-        name, tied = (tie.target, target.tied) if target.tied else (tie.source, source.tied)
-        return f"{name} is {tied}, by an earlier transform: transform the model once, with all its rules (pe_fx.untie undoes one)"
+        if (reason := unfit(owner)) is not None:
+            return f"{name} {reason}"
+    if target.read_by:
+        return f"{tie.target} is the source of {target.read_by}, by an earlier transform: {_ONCE}"
     if target.places > 1:
         return f"{tie.target} is one parameter registered in {target.places} places: tied here, it would be untied there"
     a, b = target.parameter, source.parameter
@@ -67,6 +66,28 @@ def forbidden(tie: Tie, owners: Mapping[str, Owner]) -> str | None:
         return f"{tie.target} is {_dtype(a.dtype)}, {tie.source} is {_dtype(b.dtype)}"
     if a.device != b.device:
         return f"{tie.target} is on {a.device}, {tie.source} on {b.device}"
+    return None
+
+
+def unfit(owner: Owner) -> str | None:
+    """Why a parameter can be in no tie at all."""
+    if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
+        return "is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
+    if owner.left_of:
+        return f"is what an earlier transform left of {owner.left_of}: {_ONCE}"
+    if isinstance(owner.module, fx.GraphModule):
+        return f"is held by a GraphModule itself, which every copy rebuilds from its graph: {_BEFORE}"
+    return None
+
+
+def unfit_entry(entry: Entry, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why an entry block cannot be treated, whatever the graph says: it is done to modules that the block calls."""
+    around = [path for path in modules if path == "" or f"{entry.block}.".startswith(f"{path}.")]
+    if any(isinstance(modules[path], fx.GraphModule) for path in around):
+        return f"it changes what the module {entry.block or 'as a whole'} computes, which this GraphModule does not call: {_BEFORE}"
+    for name in (entry.block, entry.conv1, *entry.convs, *entry.norms):
+        if name not in modules:
+            return f"{name}, a module that it treats, is missing"
     return None
 
 

@@ -11,7 +11,7 @@ from pe_fx.errors import PeFxError
 from pe_fx.tied.derived import derive
 from pe_fx.tied.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.tied.layouts import by_target, compare_shapes, kept_ranges, layout_of, mix_of
-from pe_fx.tied.owners import Owner, forbidden, owners_in
+from pe_fx.tied.owners import Owner, forbidden, owners_in, unfit_entry
 from pe_fx.tied.weight import TiedWeight, choose, tie_weight, tied_class
 from pe_fx.ties import Block, Entry, Plan, Tie, gain_of, kept_of, positions
 
@@ -92,15 +92,8 @@ def check_fits(model: nn.Module, plan: Plan) -> dict[str, Owner]:
             raise PeFxError(f"the plan does not fit this {what}: {other} and {name} are one parameter here, two in the plan")
     modules = dict(model.named_modules(remove_duplicate=False)) if plan.entries else {}
     for entry in plan.entries:
-        around = [path for path in modules if path == "" or f"{entry.block}.".startswith(f"{path}.")]
-        if any(isinstance(modules[path], fx.GraphModule) for path in around):
-            raise PeFxError(
-                f"entry={entry.treatment!r} changes what the module {entry.block} computes, which this GraphModule does not call: "
-                "transform the model, then trace it, or use entry='keep'"
-            )
-        for name in (entry.block, entry.conv1, *entry.convs, *entry.norms):
-            if name not in modules:
-                raise PeFxError(f"the plan does not fit this {what}: {name}, a module that entry={entry.treatment!r} treats, is missing")
+        if (reason := unfit_entry(entry, modules)) is not None:
+            raise PeFxError(f"the plan does not fit this {what}: entry={entry.treatment!r} does not apply: {reason}")
     gains = [gain_of(tie.target) for tie in plan.ties if tie.gain is not None]
     lefts = [kept_of(name) for name, ties in by_target(plan.ties).items() if kept_ranges(ties)]
     for name in (*gains, *lefts):
