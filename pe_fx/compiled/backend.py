@@ -26,7 +26,7 @@ from pe_fx.compiled.dynamo import (
     roots_of,
     weights_of,
 )
-from pe_fx.compiled.ledger import Ledger, homes_in, ledger, unnamed
+from pe_fx.compiled.ledger import Ledger, homes_in, ledger, unnamed, version_of
 from pe_fx.compiled.lowering import UUID, run_passes
 from pe_fx.errors import CaptureError, NoSitesWarning, PeFxError, first_line
 from pe_fx.graph.capture import capture
@@ -98,6 +98,7 @@ class Backend:
             run = lowered(held)  # where this fails as well, it is not for the ties
             log.warning("this graph is compiled without new ties, since it failed with them: %s", first_line(error))
             new = []
+            self.ledger.warned = True
         self.ledger.record(new, parameters, chosen)  # not before: where compilation fails, no graph holds them
         self.ledger.locate(homes_in(roots))
         self._report(gm, weights, [*held, *new], new)
@@ -196,16 +197,17 @@ class Backend:
                         f"see {name}. Call torch.compiler.reset(), and compile every model as a whole"
                     )
 
-        passed: tuple[object, list[int]] | None = None  # with these weights, while the ledger stays as it is
+        whole = [places[tie.target] for site in sites for tie in site.ties if tie.into.is_whole]
+        passed: tuple[object, list[int], list[int | None]] | None = None  # with these weights, while the ledger stays as it is
 
         @functools.wraps(run)
         def checked(*args: Any) -> Any:
             nonlocal passed
-            given = [id(args[place]) for place in places.values()]
+            given = [id(args[place]) for place in places.values()], [version_of(args[place]) for place in whole]
             moved = any(home is not None and home.parameter() is not source() for source, home in outside.values())
-            if moved or passed != (ledger.state, given):
+            if moved or passed != (ledger.state, *given):
                 check(args)
-                passed = ledger.state, given
+                passed = ledger.state, *given
             return run(*args)
 
         return checked

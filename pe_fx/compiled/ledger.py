@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,9 +18,11 @@ from pe_fx.tied.owners import Owner, forbidden
 from pe_fx.tied.weight import Tied
 from pe_fx.ties import Plan, Site, Tie
 
+log = logging.getLogger(__name__)
+
 ANEW = (
     "Change a model so after pe_fx.commit(model), which ties the model itself; or call torch.compiler.reset(): "
-    "then the ties are decided anew, from the model as it is"
+    "then the ties are decided anew, from the model as it is, where a weight tied so far has the values that it had before"
 )
 
 
@@ -79,6 +82,7 @@ class Weight:
     ref: weakref.ref[Tensor]
     options: Mapping[str, Any]
     home: Home | None = None
+    version: int | None = None  # when it was tied; None once a write was told
     held: list[Held] = field(default_factory=list)
     read: list[Held] = field(default_factory=list)
 
@@ -185,6 +189,7 @@ class Ledger:
         """Lets the ties of these weights follow the model. Raises `PeFxError` where they cannot."""
         with self.lock:
             here = {id(tensor) for tensor in tensors}
+            written: list[str] = []
             for held in self._all():
                 home, target, source = held.target.home, held.target.ref(), held.source.ref()
                 now = None if home is None else home.parameter()
@@ -192,8 +197,16 @@ class Ledger:
                     self._drop(held)
                 elif target is not None and id(target) in here:
                     self._follow(held, target, here)
+                    if held.tie.into.is_whole and held.target.version not in (None, version_of(target)):
+                        held.target.version = None
+                        written.append(str(held.tie))
                 elif now is not None and now is not target and id(source if isinstance(now, nn.Parameter) else now) in here:
                     raise PeFxError(_replaced(held))
+            if written:
+                more = f", and {len(written) - 1} more" if len(written) > 1 else ""
+                log.warning(
+                    "a weight that compiled graphs do not read was written to, as by load_state_dict: they hold %s%s", written[0], more
+                )
 
     def check_new(self, sites: Iterable[Site], weights: Mapping[str, Tensor]) -> None:
         """Raises `PeFxError` where one of these ties would take the place of another, whose target was replaced."""
@@ -237,6 +250,7 @@ class Ledger:
         return list(dict.fromkeys(held for weight in list(self._weights.values()) for held in (*weight.held, *weight.read)))
 
     def _hold(self, held: Held) -> None:
+        held.target.version = version_of(held.target.ref())
         held.target.held.append(held)
         held.source.read.append(held)
         self.state = object()
@@ -268,6 +282,11 @@ class Ledger:
                 tie = replace(held.tie, into=replace(held.tie.into, name=target), of=replace(held.tie.of, name=names[id(source)]))
                 ties.setdefault(id(held.site), (held.site, []))[1].append(tie)
         return [_renamed(site, own) for site, own in ties.values()], absent
+
+
+def version_of(weight: Tensor | None) -> int | None:
+    """How often it was written to, as far as autograd sees it."""
+    return None if weight is None or weight.is_inference() else weight._version
 
 
 def unnamed(tie: Tie) -> Tie:
