@@ -31,6 +31,7 @@ from pe_fx.compiled.lowering import UUID, run_passes
 from pe_fx.errors import CaptureError, NoSitesWarning, PeFxError, first_line
 from pe_fx.graph.capture import capture
 from pe_fx.graph.operation import place_of
+from pe_fx.tied.owners import Owner, forbidden, owners_in
 from pe_fx.tied.rewrite_graph import rewrite_graph
 from pe_fx.tied.weight import Tied, is_any_chosen
 from pe_fx.ties import Site, Tie
@@ -79,7 +80,8 @@ class Backend:
         self.ledger.check_options(parameters.values(), chosen)
         self.ledger.check(value for value in example_inputs if isinstance(value, Tensor))
         held, absent = self.ledger.sites(parameters)
-        new = self._new_sites(gm, weights, chosen)
+        owners = {id(owner.parameter): owner for root in roots for owner in owners_in(root).values()}
+        new = self._new_sites(gm, weights, chosen, {name: owners[id(each)] for name, each in parameters.items() if id(each) in owners})
         self.ledger.check_new(new, parameters)
         once = bool(options.get("single_read", True))
         passes = functools.partial(run_passes, single_read=once)
@@ -129,7 +131,9 @@ class Backend:
         rewrite_graph(tied, plan_of(sites, shapes), nodes)
         return tied
 
-    def _new_sites(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], options: Mapping[str, Any]) -> list[Site]:
+    def _new_sites(
+        self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], options: Mapping[str, Any], owners: Mapping[str, Owner]
+    ) -> list[Site]:
         """Sites of weights that no graph has read before; none in a model that was transformed, unless options ask for more."""
         undecided = {name for name, weight in weights.items() if not self.ledger.is_decided(weight.parameter)}
         if not undecided or (not options and self._is_transformed(gm, weights)):
@@ -156,7 +160,14 @@ class Backend:
         for miss in made.misses:
             log.info("not tied: %s (%s): %s", miss.name, miss.kind, miss.reason)
         free = {name for name, weight in weights.items() if not self.ledger.is_target(weight.parameter)}
-        sites = [replace(site, ties=tuple(t for t in site.ties if t.target in undecided and t.source in free)) for site in made.sites]
+        refused = {tie: reason for tie in made.ties if (reason := forbidden(tie, owners)) is not None}  # by modules, which no graph tells
+        for tie, reason in refused.items():
+            log.info("not tied: %s: %s", tie.target, reason)
+
+        def is_new(tie: Tie) -> bool:
+            return tie.target in undecided and tie.source in free and tie not in refused
+
+        sites = [replace(site, ties=tuple(filter(is_new, site.ties))) for site in made.sites]
         return [site for site in sites if site.ties]
 
     def _is_transformed(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight]) -> bool:

@@ -104,8 +104,8 @@ def _goes_by_memory(node: fx.Node) -> bool:
     """Whether what an operation does depends on strides: `as_strided`, and kernels of others, which may count on those they saw."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return all(each.op != "get_attr" for each in node.all_input_nodes)  # those that run a subgraph do not
-    own = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims")
-    return own or base_name(node) == "as_strided"
+    is_operator = isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    return (is_operator and not str(node.target).startswith(("aten.", "prims."))) or base_name(node) == "as_strided"
 
 
 def _strides(value: Any) -> list[Any]:
