@@ -57,7 +57,8 @@ class Backend:
     In a model that was transformed, `pe_fx.transform` has decided what is tied: nothing more is, unless these options are given.
     A weight that is tied away is not read any more and gets no gradient. The ties are decided by the first graph that reads a
     weight and hold in every graph after it; the model itself stays as it is until `pe_fx.commit(model)`. A graph in which
-    matching fails is compiled as it is, and the failure logged. Raises `PeFxError` for unknown options.
+    matching fails, or which fails with new ties, is compiled as it is, and the failure logged. All graphs follow a source whose
+    parameter is replaced. Raises `PeFxError` for unknown options, and where a model was changed so that its ties cannot follow.
     """
 
     __name__ = "pe_fx"
@@ -209,12 +210,17 @@ class Backend:
                     )
 
         whole = [places[tie.target] for site in sites for tie in site.ties if tie.into.is_whole]
-        passed: tuple[object, list[int], list[int | None]] | None = None  # with these weights, while the ledger stays as it is
+        tied = [places[name] for name in dict.fromkeys(name for site in sites for name in site.weights) if name in places]
+        passed: tuple[object, ...] | None = None  # with these weights, while the ledger and they stay as they are
 
         @functools.wraps(run)
         def checked(*args: Any) -> Any:
             nonlocal passed
-            given = [id(args[place]) for place in places.values()], [version_of(args[place]) for place in whole]
+            given = (
+                [id(args[place]) for place in places.values()],
+                [version_of(args[place]) for place in whole],
+                [args[place].requires_grad for place in tied],  # not every Dynamo guards on it
+            )
             moved = any(home is not None and home.parameter() is not source() for source, home in outside.values())
             if moved or passed != (ledger.state, *given):
                 check(args)

@@ -235,13 +235,11 @@ class Ledger:
         now = source.ref() if source.home is None else source.home.parameter()
         if not isinstance(now, nn.Parameter) or (source.home is None and id(now) not in here):
             raise PeFxError(f"{held}, but {tie.source} is not where it was: replaced, pruned, parametrized, or taken out. {ANEW}")
-        shapes = {tie.target: tuple(target.shape), tie.source: tuple(now.shape)}
-        reasons = [f"{block.name} is {shapes[block.name]} now" for block in (tie.into, tie.of) if shapes[block.name] != block.full_shape]
-        reason = (
-            reasons[0] if reasons else forbidden(tie, {name: Owner(each, name) for name, each in ((tie.target, target), (tie.source, now))})
-        )
-        if reason is not None:
-            raise PeFxError(f"{held}, but {reason}. {ANEW}")
+        weights = {tie.target: target, tie.source: now}
+        wrong = [block.name for block in (tie.into, tie.of) if weights[block.name].shape != block.full_shape]
+        reason = forbidden(tie, {name: Owner(weight, name) for name, weight in weights.items()})
+        if wrong or reason is not None:
+            raise PeFxError(f"{held}, but {reason or f'{wrong[0]} is {tuple(weights[wrong[0]].shape)} now'}. {ANEW}")
         if now is not source.ref():
             self._drop(held)
             self._hold(Held(held.site, tie, held.target, self._known(now) or self._new(now, held.target.options, source.home)))
