@@ -11,15 +11,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from pe_fx.api import plan, plan_of
-from pe_fx.compiled.dynamo import GraphWeight, classes_in, fake_like, graph_break, held_in, keep_record, lower, weights_of
-from pe_fx.compiled.ledger import Ledger, ledger, unnamed
+from pe_fx.compiled.dynamo import (
+    GraphWeight,
+    Restart,
+    classes_in,
+    fake_like,
+    graph_break,
+    held_in,
+    keep_record,
+    lower,
+    roots_of,
+    weights_of,
+)
+from pe_fx.compiled.ledger import Ledger, homes_in, ledger, unnamed, version_of
 from pe_fx.compiled.lowering import UUID, run_passes
-from pe_fx.errors import CaptureError, NoSitesWarning, PeFxError
+from pe_fx.errors import CaptureError, NoSitesWarning, PeFxError, first_line
 from pe_fx.graph.capture import capture
 from pe_fx.graph.operation import place_of
+from pe_fx.tied.owners import Owner, forbidden, owners_in
 from pe_fx.tied.rewrite_graph import rewrite_graph
 from pe_fx.tied.weight import Tied, is_any_chosen
 from pe_fx.ties import Site, Tie
@@ -45,7 +57,8 @@ class Backend:
     In a model that was transformed, `pe_fx.transform` has decided what is tied: nothing more is, unless these options are given.
     A weight that is tied away is not read any more and gets no gradient. The ties are decided by the first graph that reads a
     weight and hold in every graph after it; the model itself stays as it is until `pe_fx.commit(model)`. A graph in which
-    matching fails is compiled as it is, and the failure logged. Raises `PeFxError` for unknown options.
+    matching fails, or which fails with new ties, is compiled as it is, and the failure logged. All graphs follow a source whose
+    parameter is replaced. Raises `PeFxError` for unknown options, and where a model was changed so that its ties cannot follow.
     """
 
     __name__ = "pe_fx"
@@ -62,15 +75,37 @@ class Backend:
             raise PeFxError(f"option {unknown[0]!r} is unknown to the backend; choose from {', '.join(OPTIONS)}")
         weights = weights_of(gm, example_inputs)
         parameters = {name: weight.parameter for name, weight in weights.items()}
+        chosen = {name: options[name] for name in TRANSFORM_OPTIONS if name in options}
+        roots = roots_of(gm)
+        self.ledger.locate(homes_in(roots))
+        self.ledger.check_options(parameters.values(), chosen)
+        self.ledger.check(value for value in example_inputs if isinstance(value, Tensor))
         held, absent = self.ledger.sites(parameters)
-        new = self._new_sites(gm, weights, {name: options[name] for name in TRANSFORM_OPTIONS if name in options})
-        tied = self._tied(gm, weights, [*held, *new], absent)
+        owners = {id(owner.parameter): owner for root in roots for owner in owners_in(root).values()}
+        new = self._new_sites(gm, weights, chosen, {name: owners[id(each)] for name, each in parameters.items() if id(each) in owners})
+        self.ledger.check_new(new, parameters)
         once = bool(options.get("single_read", True))
         passes = functools.partial(run_passes, single_read=once)
-        run = lower(tied, example_inputs, options.get("mode", mode), options.get("inductor", {}), passes, (UUID, once))
-        self.ledger.record(new, parameters)  # not before: where compilation fails, no graph holds them
+
+        def lowered(sites: Sequence[Site]) -> Callable[..., Any]:
+            tied = self._tied(gm, weights, sites, absent)
+            return lower(tied, example_inputs, options.get("mode", mode), options.get("inductor", {}), passes, (UUID, once))
+
+        try:
+            run = lowered([*held, *new])
+        except Restart:
+            raise
+        except Exception as error:
+            if not new:
+                raise
+            run = lowered(held)  # where this fails as well, it is not for the ties
+            log.warning("this graph is compiled without new ties, since it failed with them: %s", first_line(error))
+            new = []
+            self.ledger.warned = True
+        self.ledger.record(new, parameters, chosen)  # not before: where compilation fails, no graph holds them
+        self.ledger.locate(homes_in(roots))
         self._report(gm, weights, [*held, *new], new)
-        return self._checked(run, weights, [*held, *new])
+        return self._checked(run, weights, [*held, *new], absent, chosen)
 
     def reset(self) -> None:
         """Called by torch.compiler.reset(): forgets every tie."""
@@ -97,7 +132,9 @@ class Backend:
         rewrite_graph(tied, plan_of(sites, shapes), nodes)
         return tied
 
-    def _new_sites(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], options: Mapping[str, Any]) -> list[Site]:
+    def _new_sites(
+        self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight], options: Mapping[str, Any], owners: Mapping[str, Owner]
+    ) -> list[Site]:
         """Sites of weights that no graph has read before; none in a model that was transformed, unless options ask for more."""
         undecided = {name for name, weight in weights.items() if not self.ledger.is_decided(weight.parameter)}
         if not undecided or (not options and self._is_transformed(gm, weights)):
@@ -124,47 +161,70 @@ class Backend:
         for miss in made.misses:
             log.info("not tied: %s (%s): %s", miss.name, miss.kind, miss.reason)
         free = {name for name, weight in weights.items() if not self.ledger.is_target(weight.parameter)}
-        sites = [replace(site, ties=tuple(t for t in site.ties if t.target in undecided and t.source in free)) for site in made.sites]
+        refused = {tie: reason for tie in made.ties if (reason := forbidden(tie, owners)) is not None}  # by modules, which no graph tells
+        for tie, reason in refused.items():
+            log.info("not tied: %s: %s", tie.target, reason)
+
+        def is_new(tie: Tie) -> bool:
+            return tie.target in undecided and tie.source in free and tie not in refused
+
+        sites = [replace(site, ties=tuple(filter(is_new, site.ties))) for site in made.sites]
         return [site for site in sites if site.ties]
 
     def _is_transformed(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight]) -> bool:
         """Whether `pe_fx.transform` has decided what is tied, and what is not."""
         return any(issubclass(cls, Tied) for cls in classes_in(gm)) or is_any_chosen(weight.parameter for weight in weights.values())
 
-    def _checked(self, run: Callable[..., Any], weights: Mapping[str, GraphWeight], sites: Sequence[Site]) -> Callable[..., Any]:
-        """Dynamo runs one graph for all models of the same code: its ties are recorded for the weights of each, or it must not run."""
+    def _checked(
+        self,
+        run: Callable[..., Any],
+        weights: Mapping[str, GraphWeight],
+        sites: Sequence[Site],
+        absent: Mapping[str, nn.Parameter],
+        options: Mapping[str, Any],
+    ) -> Callable[..., Any]:
+        """Dynamo runs one graph for all models of the same code, and for one whose weights were replaced: its ties are recorded for
+        the weights of each, or it must not run."""
         ledger = self.ledger
-        ties = [tie for site in sites for tie in site.ties]
-        targets: dict[str, set[Tie]] = {}
-        for tie in ties:
-            targets.setdefault(tie.target, set()).add(unnamed(tie))
         places = {name: weight.place for name, weight in weights.items()}  # compiled code must not keep a model's parameters alive
-        held = {places[name]: frozenset(known) for name, known in targets.items()}
-        dense = [place for place in places.values() if place not in held]
-        inside = all(tie.source in places for tie in ties)
-        own = {} if inside else {places[name]: weakref.ref(weights[name].parameter) for name in targets}
+        outside = {name: (weakref.ref(source), ledger.home_of(source)) for name, source in absent.items()}
+        homes = {name: ledger.home_of(weight.parameter) for name, weight in weights.items()}
+        ties: dict[str, dict[Tie, str]] = {}
+        for tie in (tie for site in sites for tie in site.ties):
+            ties.setdefault(tie.target, {})[unnamed(tie)] = tie.source
 
         def check(args: Sequence[Any]) -> None:
-            if held and inside and not any(ledger.is_decided(args[place]) for place in held):
-                ledger.record(sites, {name: args[place] for name, place in places.items()})
-            alike = all(ledger.ties_of(args[place]) == known for place, known in held.items())
-            fits = alike and all(args[place] is parameter() for place, parameter in own.items())
-            if not fits or any(ledger.is_target(args[place]) for place in dense):
-                raise PeFxError(
-                    "Dynamo runs this graph with the weights of another model, whose ties were decided otherwise: "
-                    "call torch.compiler.reset(), and compile both models as a whole"
-                )
+            given: dict[str, Any] = {name: args[place] for name, place in places.items()}
+            ledger.check(given.values())
+            if ties and not absent and not any(ledger.is_decided(given[target]) for target in ties):
+                ledger.record(sites, given, options)
+                ledger.locate((given[name], home) for name, home in homes.items() if home is not None and home.parameter() is given[name])
+            given |= {name: source() for name, (source, _) in outside.items()}
+            for name in places:
+                known = ledger.ties_of(given[name]) if name in ties else {}
+                alike = known.keys() == ties.get(name, {}).keys() and all(known[tie] is given[ties[name][tie]] for tie in known)
+                if not alike or (name not in ties and ledger.is_target(given[name])):
+                    raise PeFxError(
+                        "Dynamo runs this graph with weights, those of another model or replaced since, whose ties were decided otherwise: "
+                        f"see {name}. Call torch.compiler.reset(), and compile every model as a whole"
+                    )
 
-        where = list(places.values())
-        passed: tuple[object, list[int]] | None = None  # with these weights, while the ledger stays as it is
+        whole = [places[tie.target] for site in sites for tie in site.ties if tie.into.is_whole]
+        tied = [places[name] for name in dict.fromkeys(name for site in sites for name in site.weights) if name in places]
+        passed: tuple[object, ...] | None = None  # with these weights, while the ledger and they stay as they are
 
         @functools.wraps(run)
         def checked(*args: Any) -> Any:
             nonlocal passed
-            given = [id(args[place]) for place in where]
-            if passed != (ledger.state, given):
+            given = (
+                [id(args[place]) for place in places.values()],
+                [version_of(args[place]) for place in whole],
+                [args[place].requires_grad for place in tied],  # not every Dynamo guards on it
+            )
+            moved = any(home is not None and home.parameter() is not source() for source, home in outside.values())
+            if moved or passed != (ledger.state, *given):
                 check(args)
-                passed = ledger.state, given
+                passed = ledger.state, *given
             return run(*args)
 
         return checked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import ChainedSource
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._subclasses.fake_tensor import FakeTensor
 
 GraphPass = Callable[[fx.Graph], None]
+
+Restart = RestartAnalysis
+"""What Dynamo raises to begin anew: no failure of a graph."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,27 @@ def _fqn(node: fx.Node) -> str:
     name = getattr(source, "name", "")
     keys = re.findall(r"\['([^']*)'\]", name() if callable(name) else name)
     return ".".join(keys[1:]) or node.name
+
+
+def roots_of(gm: fx.GraphModule) -> list[nn.Module]:
+    """The outermost modules through which Dynamo found the graph's parameters: the model, as a rule. None outside of Dynamo."""
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:
+        return []
+    scope = {"L": output.local_scope, "G": output.global_scope}
+    roots: dict[int, nn.Module] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        chain = [getattr(node.meta.get("grapharg"), "source", None)]
+        while isinstance(chain[-1], ChainedSource):
+            chain.append(chain[-1].base)
+        for source in reversed(chain):
+            with contextlib.suppress(Exception):  # what is no value of the frame, such as a constant or a number of Dynamo's own
+                value = source.get_value(scope, {}, {})
+                if isinstance(value, nn.Module):
+                    roots[id(value)] = value
+                    break
+    return list(roots.values())
 
 
 def held_in(gm: fx.GraphModule) -> set[str]:

@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from oracle import assert_equals_twin, linear
 from torch import Tensor, nn
 from torch._inductor import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import l1_unstructured
 from torch.utils.checkpoint import checkpoint
 
 import pe_fx
@@ -271,6 +274,15 @@ def test_a_tied_model_is_lowered_alone() -> None:
 # ---- which ties
 
 
+def test_a_parametrized_weight_is_no_more_tied_than_by_transform(unlowered: list[str]) -> None:
+    model = mlp()
+    register_parametrization(model[2], "weight", Doubled())
+    assert not pe_fx.plan(model, X).ties
+    with pytest.warns(NoSitesWarning):
+        torch.testing.assert_close(compiled(model)(X), model(X))
+    assert not pe_fx.pending(model).ties
+
+
 def test_ties_are_those_of_transform_and_wait_for_commit(unlowered: list[str]) -> None:
     model = MODELS["vit"].build()
     x = MODELS["vit"].inputs
@@ -480,6 +492,20 @@ def test_absent_source_through_inductor() -> None:
     assert model[2].weight.grad is None
 
 
+class Packed(nn.Module):
+    """Its v rows are read from the k rows of the same weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = linear(16, 48), linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        y: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        return y
+
+
 class Broken(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -609,16 +635,70 @@ def test_commit_takes_what_compile_returned_and_what_holds_the_model(unlowered: 
         torch.testing.assert_close(run(X), y)
 
 
-def test_commit_before_a_run(unlowered: list[str]) -> None:
-    with pytest.raises(PeFxError, match="once before"):
-        pe_fx.commit(mlp())
+def test_commit_says_that_no_graph_was_compiled(unlowered: list[str]) -> None:
+    model, other = mlp(), mlp()
+    compiled(model)(X)
+    torch.compile(other, backend="eager")(X)
+    for never in (mlp(), other, copy.deepcopy(model)):
+        with pytest.raises(
+            PeFxError, match=r'no graph that backend="pe_fx" compiled has read the weights of this Sequential: run .* once before'
+        ):
+            pe_fx.commit(never)
 
 
-def test_commit_of_a_part(unlowered: list[str]) -> None:
+def test_commit_says_that_nothing_was_tied(unlowered: list[str]) -> None:
+    model = nn.Sequential(linear(8, 16), nn.GELU(), linear(16, 4))
+    with pytest.warns(NoSitesWarning):
+        compiled(model)(X)
+    with pytest.raises(PeFxError, match="nothing is tied in the graphs that were compiled of this model"):
+        pe_fx.commit(model)
+
+
+@pytest.mark.parametrize("part", [0, 2])
+def test_commit_of_a_part_that_has_one_end_of_a_tie(part: int, unlowered: list[str]) -> None:
     model = mlp()
     compiled(model)(X)
-    with pytest.raises(PeFxError, match="compiled as a whole"):
-        pe_fx.commit(model[2])
+    with pytest.raises(PeFxError, match="this Linear has only one of the two: commit the model that was compiled as a whole"):
+        pe_fx.commit(model[part])
+
+
+def test_commit_part_by_part_and_again(unlowered: list[str]) -> None:
+    model = nn.Sequential(mlp(), nn.Tanh(), mlp())
+    run = compiled(model)
+    y = run(X)
+    assert len(pe_fx.commit(model[0]).ties) == 1
+    torch.testing.assert_close(run(X), y)
+    assert [str(tie) for tie in pe_fx.commit(model).ties] == ["2.2.weight ← 2.0.weightᵀ"]
+    torch.testing.assert_close(model(X), y)
+    assert not pe_fx.commit(model).ties
+
+
+def test_commit_of_a_function(unlowered: list[str]) -> None:
+    model = mlp()
+    run = torch.compile(lambda x: model(x), backend="pe_fx")
+    y = run(X)
+    with pytest.raises(PeFxError, match="no module but a function"):
+        pe_fx.commit(run)
+    pe_fx.commit(model)
+    torch.testing.assert_close(model(X), y)
+
+
+def test_what_was_committed_can_be_untied_and_compiled_again(unlowered: list[str]) -> None:
+    model = mlp()
+    y = compiled(model)(X)
+    pe_fx.commit(model)
+    dense = pe_fx.untie(model)
+    torch.testing.assert_close(compiled(dense)(X), y)
+    assert len(pe_fx.commit(dense).ties) == 1
+
+
+def test_transform_instead_of_commit(unlowered: list[str]) -> None:
+    model = mlp()
+    run = compiled(model)
+    y = run(X)
+    pe_fx.transform(model, X, inplace=True)
+    torch.testing.assert_close(run(X), y)
+    assert not pe_fx.pending(model).ties
 
 
 def test_reset_forgets(unlowered: list[str]) -> None:
@@ -677,6 +757,314 @@ def test_weights_of_another_model_are_not_decided(unlowered: list[str]) -> None:
     compiled(model)(X)
     assert all(ledger.is_decided(parameter) for parameter in model.parameters())
     assert not any(ledger.is_decided(parameter) for parameter in mlp().parameters())
+
+
+# ---- the model is changed between runs
+
+
+def tied(model: nn.Sequential, x: Tensor) -> Tensor:
+    return nn.functional.gelu(model[0](x)) @ model[0].weight + model[2].bias
+
+
+def static(model: nn.Module) -> Any:
+    """Compiled anew for every shape."""
+    return torch.compile(model, backend="pe_fx", dynamic=False)
+
+
+def renew(model: nn.Sequential, place: int) -> None:
+    model[place].weight = nn.Parameter(torch.randn_like(model[place].weight))
+
+
+def overwritten(model: nn.Sequential) -> None:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    model.double().float()
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+FOLLOWED: dict[str, Callable[[nn.Sequential], object]] = {
+    "source": lambda model: renew(model, 0),
+    "source, assigned": lambda model: model.load_state_dict({"0.weight": torch.randn(16, 8)}, strict=False, assign=True),
+    "source, its data": lambda model: setattr(model[0].weight, "data", torch.randn(16, 8)),
+    "source, its module": lambda model: model.__setitem__(0, linear(8, 16)),
+    "all": assigned,
+    "all, converted": overwritten,
+    "all, frozen": lambda model: model.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("batches", [(4,), (3,), (4, 3)], ids=["old graph", "new graph", "both"])
+@pytest.mark.parametrize("change", FOLLOWED)
+def test_all_graphs_follow_the_model(change: str, batches: tuple[int, ...], unlowered: list[str]) -> None:
+    model = mlp()
+    run = static(model)
+    run(X)
+    FOLLOWED[change](model)
+    for batch in batches:
+        x = torch.randn(batch, 8)
+        torch.testing.assert_close(run(x), tied(model, x))
+    x = torch.randn(5, 8)
+    expected = tied(model, x)
+    pe_fx.commit(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def prune(*places: int) -> Callable[[nn.Sequential], object]:
+    return lambda model: [l1_unstructured(model[place], "weight", 0.5) for place in places]
+
+
+def parametrize(*places: int) -> Callable[[nn.Sequential], object]:
+    return lambda model: [register_parametrization(model[place], "weight", Doubled()) for place in places]
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
+    "target": (lambda model: renew(model, 2), "2.weight was replaced since"),
+    "target, its module": (lambda model: model.__setitem__(2, linear(16, 8)), "2.weight was replaced since"),
+    "source pruned": (prune(0), "0.weight is not where it was"),
+    "target pruned": (prune(2), "2.weight is not where it was"),
+    "both pruned": (prune(0, 2), "2.weight is not where it was"),
+    "source parametrized": (parametrize(0), "0.weight is not where it was"),
+    "both parametrized": (parametrize(0, 2), "2.weight is not where it was"),
+    "source frozen": (lambda model: model[0].weight.requires_grad_(False), "0.weight is frozen, 2.weight is trained"),
+    "target frozen": (lambda model: model[2].weight.requires_grad_(False), "2.weight is frozen, 0.weight is trained"),
+}
+
+
+@pytest.mark.parametrize("batch", [4, 3], ids=["old graph", "new graph"])
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_ties_cannot_follow_is_refused(change: str, batch: int, unlowered: list[str]) -> None:
+    model = mlp()
+    run = static(model)
+    run(X)
+    act, sentence = REFUSED[change]
+    act(model)
+    with pytest.raises(Exception, match=f"(?s)compiled graphs hold 2.weight ← 0.weightᵀ, but {sentence}.*torch.compiler.reset"):
+        run(torch.randn(batch, 8))
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoSitesWarning)
+        y = run(X)
+    if pe_fx.pending(model).ties:
+        pe_fx.commit(model)
+    torch.testing.assert_close(y, model(X))
+
+
+def test_commit_refuses_a_target_that_was_replaced(unlowered: list[str]) -> None:
+    model = mlp()
+    compiled(model)(X)
+    renew(model, 2)
+    with pytest.raises(PeFxError, match=r"2\.weight was replaced since"):
+        pe_fx.commit(model)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_second_model_of_the_same_code_whose_weight_was_replaced(place: int, unlowered: list[str]) -> None:
+    """Its graph was compiled for the first one, so that nothing tells where its weights live."""
+    first, second = mlp(), mlp()
+    static(first)(X)
+    static(second)(X)
+    assert len(unlowered) == 1
+    renew(second, place)
+    gc.collect()
+    for x in (X, X[:3]):
+        with pytest.raises(Exception, match=f"{place}.weight .*torch.compiler.reset"):
+            static(second)(x)
+    static(first)(X)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: renew(model, 0), lambda model: model.__setitem__(0, linear(8, 16))], ids=["weight", "module"]
+)
+def test_an_absent_source_that_was_replaced(change: Callable[[nn.Sequential], None], unlowered: list[str]) -> None:
+    """A graph that holds the old one must not run; one that is compiled since holds the new one."""
+    model, hidden = mlp(), torch.ones(2, 16)
+    compiled(model)(X)
+    alone = static(model[2])
+    alone(hidden)
+    change(model)
+    with pytest.raises(PeFxError, match="decided otherwise"):
+        alone(hidden)
+    torch.compiler.reset()
+    compiled(model)(X)
+    change(model)
+    torch.testing.assert_close(alone(hidden), hidden @ model[0].weight + model[2].bias)
+
+
+def test_blocks_that_change_places_keep_their_ties(unlowered: list[str]) -> None:
+    model = nn.Sequential(mlp(), nn.Tanh(), nn.Dropout(), mlp()).eval()
+    run = static(model)
+    run(X)
+    model[0], model[3] = model[3], model[0]
+    del model[2]
+    for x in (X, X[:3]):
+        torch.testing.assert_close(run(x), tied(model[2], tied(model[0], x).tanh()))
+
+
+def test_first_layers_that_change_places(unlowered: list[str]) -> None:
+    """The ties go with the modules, as those of a tied model do; the graph at hand ties by place, and refuses."""
+    model = nn.Sequential(mlp(), nn.Tanh(), mlp())
+    run = static(model)
+    run(X)
+    first, last = model[0][0], model[2][0]
+    model[0][0], model[2][0] = last, first
+    with pytest.raises(PeFxError, match="decided otherwise"):
+        run(X)
+    y = run(X[:3])
+    pe_fx.commit(model)
+    assert model[0][2].weight.data_ptr() == first.weight.data_ptr()
+    torch.testing.assert_close(model(X[:3]), y)
+
+
+def test_functional_call(unlowered: list[str]) -> None:
+    """With parameters it is another model, tied like this one; with plain tensors in their places no tie can be decided."""
+    model = mlp()
+    run = static(model)
+    run(X)
+    other = mlp()
+    names = {f"_orig_mod.{name}": parameter for name, parameter in other.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(run, names, (X,)), tied(other, X))
+    with pytest.raises(Exception, match=r"compiled graphs hold .* functional_call"):
+        torch.func.functional_call(run, {name: value.detach() for name, value in names.items()}, (X,))
+    torch.testing.assert_close(run(X), tied(model, X))
+
+
+def test_options_that_differ_are_refused(unlowered: list[str]) -> None:
+    model = mlp()
+    y = compiled(model, rules=["mlp"])(X)
+    torch.testing.assert_close(compiled(model)(X), y)
+    with pytest.raises(Exception, match=r"compiled with options=\{'rules': \['mlp'\]\}, this one with options=\{'exclude': \['\*'\]\}"):
+        compiled(model, exclude=["*"])(X)
+
+
+def test_a_later_graph_that_writes_to_a_tied_weight_is_refused(unlowered: list[str]) -> None:
+    model = mlp()
+    compiled(model)(X)
+
+    @torch.compile(backend="pe_fx")
+    def halve() -> None:
+        with torch.no_grad():
+            model[2].weight.view(-1).mul_(0.5)
+
+    with pytest.raises(Exception, match=r"mul_ writes to 2\.weight, which is tied to another weight"):
+        halve()
+
+
+def test_a_write_to_a_tied_weight_is_told_once(unlowered: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    run = static(model)
+    train(run, list(model.parameters()), X, 2)
+    model.double().float()
+    run(X)
+    assert "written" not in caplog.text
+    model.load_state_dict(model.state_dict())
+    run(X)
+    run(X)
+    assert caplog.text.count("do not read was written to, as by load_state_dict: they hold 2.weight ← 0.weightᵀ") == 1
+
+
+def test_a_weight_that_reads_itself_is_not_kept_alive(unlowered: list[str]) -> None:
+    model = Packed()
+    run = static(model)
+    run(torch.randn(2, 5, 16))
+    assert any(tie.target == tie.source for tie in pe_fx.pending(model).ties)
+    weight = weakref.ref(model.qkv.weight)
+    del model, run
+    gc.collect()
+    assert weight() is None
+
+
+def test_threads_share_a_graph(unlowered: list[str]) -> None:
+    models = [mlp() for _ in range(4)]
+    compiled(models[0])(X)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda k: compiled(models[k % 4])(X), range(64)))
+    assert [len(pe_fx.pending(model).ties) for model in models] == [1, 1, 1, 1]
+
+
+# ---- what a forward asks of a tied weight
+
+
+class Viewed(nn.Module):
+    """Its second weight is read as if it were contiguous."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.checkpointed = linear(8, 16), linear(16, 8), checkpointed
+
+    def body(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.fc1(x).relu(), self.fc2.weight.view(-1).view(8, 16), self.fc2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
+        return y
+
+
+def test_a_weight_that_is_viewed_is_tied_through_inductor() -> None:
+    model = Viewed()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.fc2.weight.copy_(model.fc1.weight.t())
+    y, expected = compiled(model)(X), twin(X)
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(model.fc1.weight.grad, twin.fc1.weight.grad + twin.fc2.weight.grad.t())
+    assert len(pe_fx.pending(model).ties) == 1
+
+
+def test_a_graph_that_fails_when_it_is_tied_is_compiled_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    """In the subgraph of a checkpoint, what reads the weight is not seen."""
+    model = Viewed(checkpointed=True)
+    with caplog.at_level(logging.WARNING, "pe_fx"):
+        y = compiled(model)(X)
+    torch.testing.assert_close(y, model(X))
+    assert "compiled without new ties, since it failed with them: ValueError: Cannot view a tensor" in caplog.text
+    assert not pe_fx.pending(model).ties
+
+
+def test_a_later_graph_that_fails_when_it_is_tied_is_refused(monkeypatch: pytest.MonkeyPatch, unlowered: list[str]) -> None:
+    model = mlp()
+    compiled(model)(X)
+
+    def fail(gm: torch.fx.GraphModule, *_: Any) -> Any:
+        raise RuntimeError("not to be lowered" if "transpose" in gm.code else "dense")
+
+    monkeypatch.setattr(pe_fx.compiled.backend, "lower", fail)
+    with pytest.raises(Exception, match="not to be lowered"):
+        compiled(model)(X[:3])
+
+
+@torch.library.custom_op("pe_fx_test::first_row", mutates_args=())
+def first_row(weight: Tensor) -> Tensor:
+    """Like many kernels, it takes for granted that its operand is contiguous."""
+    return weight.as_strided((weight.shape[1],), (1,)).clone()
+
+
+@first_row.register_fake
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[1])
+
+
+READERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "view of a slice": lambda weight: weight[:4].view(-1),
+    "view of a product": lambda weight: (weight * 2).view(16, 8),
+    "as_strided": lambda weight: weight.as_strided((8,), (1,)),
+    "kernel": lambda weight: torch.ops.pe_fx_test.first_row(weight),
+    "linear": lambda weight: nn.functional.linear(torch.ones(2, 16), weight),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_in_later_graphs_find_the_memory_that_they_expect(reader: str, unlowered: list[str]) -> None:
+    model, read = mlp(), READERS[reader]
+    compiled(model)(X)
+    got = torch.compile(lambda: read(model[2].weight), backend="pe_fx")()
+    torch.testing.assert_close(got, read(model[0].weight.t().contiguous()))
+    assert ("contiguous" in unlowered[-1]) == (reader != "linear")
 
 
 # ---- bad input
