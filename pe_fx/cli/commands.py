@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from pe_fx.cli.forms import FORMS
-from pe_fx.cli.options import AsJson, Debug, Inputs, Look, Misses, Spec, Ties, at_most_one, refuse, spread
+from pe_fx.cli.options import AsJson, Debug, Inputs, Look, Misses, Spec, Ties, Trust, at_most_one, refuse, spread
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import whole_file
 
@@ -88,6 +88,7 @@ def plan_command(
     *,
     spec: Spec,
     input: Inputs = None,
+    trust: Trust = False,
     ties: Ties,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here, as JSON.")] = None,
     misses: Misses = False,
@@ -108,7 +109,7 @@ def plan_command(
         from pe_fx.cli import jobs
         from pe_fx.diff import report
 
-        made = jobs.planned(spec, input or (), options, jobs.read_plan(ties.plan), say)
+        made = jobs.planned(jobs.Models(input or (), trust, say), spec, options, jobs.read_plan(ties.plan))
     if output is not None:
         with whole_file(output) as draft:
             draft.write_text(made.to_json())
@@ -126,6 +127,7 @@ def transform_command(
     spec: Spec,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The tied weights, as safetensors.", show_default=False)],
     input: Inputs = None,
+    trust: Trust = False,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", metavar="FILE", help="Dense weights, .safetensors or .pt; random where left out.")
     ] = None,
@@ -144,7 +146,8 @@ def transform_command(
     with progress() as say:
         from pe_fx.cli import jobs
 
-        made = jobs.write_tied(spec, output, input or (), options, jobs.read_plan(ties.plan), checkpoint, init, say)
+        models = jobs.Models(input or (), trust, say)
+        made = jobs.write_tied(models, spec, output, options, jobs.read_plan(ties.plan), checkpoint, init)
     if not made.sites:
         print("pe-fx: warning: nothing could be tied; pe-fx plan --misses says why", file=sys.stderr)
     print(f"{output}: {len(made.sites)} sites, {made.params_before:,} → {made.params_after:,} parameters", file=sys.stderr)
@@ -163,6 +166,7 @@ def diff_command(
         ),
     ] = None,
     input: Inputs = None,
+    trust: Trust = False,
     ties: Ties,
     side_by_side: Annotated[bool, typer.Option("--side-by-side", "-y", help="Two columns.")] = False,
     stat: Annotated[bool, typer.Option("--stat", help="One line a change.")] = False,
@@ -199,10 +203,11 @@ def diff_command(
         from pe_fx.cli import jobs
         from pe_fx.diff import terminal
 
+        models = jobs.Models(input or (), trust, say)
         if other is None:
-            found = jobs.diff_of_transform(spec, input or (), options, jobs.read_plan(ties.plan), say)
+            found = jobs.diff_of_transform(models, spec, options, jobs.read_plan(ties.plan))
         else:
-            found = jobs.diff_of_two(spec, other, input or (), say)
+            found = jobs.diff_of_two(models, spec, other)
         jobs.write_drawings(found, html, svg, png, module, say)
     if as_json:
         print(found.to_json())

@@ -28,6 +28,14 @@ Inputs = Annotated[
         "--input", "-i", metavar="SHAPE", help="Input shape: 1x3x224x224, 1x16:int64 or input_ids=1x16:int64. Derived where left out."
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Load model.pt2 and --checkpoint FILE whole, with the code that such files can carry and that runs then. "
+        "Without it they are read as data, and refused where they are more. For files whose maker you trust.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 Misses = Annotated[bool, typer.Option("--misses", help="Say of every near miss why it is none.")]
 Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the traceback.")]
