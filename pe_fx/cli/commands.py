@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from pe_fx.cli.forms import FORMS
 from pe_fx.cli.options import AsJson, Debug, Inputs, Look, Misses, Spec, Ties, Trust, at_most_one, refuse, spread
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import whole_file
+from pe_fx.text import printable
 
 if TYPE_CHECKING:  # what needs torch is imported by the commands: help and completion come at once
     from pe_fx.diff import Diff
@@ -66,11 +68,11 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             if isinstance(error, OSError) and error.filename is not None:
                 text = f"{error.filename}: {error.strerror}"
             elif isinstance(error, PeFxError | OSError):
-                text = " ".join(str(error).split())
+                text = str(error)
             else:
                 text = f"{type(error).__name__}: {error}; --debug shows where"
             hint = "; example_inputs are --input here" if isinstance(error, CaptureError) else ""
-            print(f"pe-fx: error: {text}{hint}", file=sys.stderr)
+            print(f"pe-fx: error: {printable(text)}{hint}", file=sys.stderr)
             raise typer.Exit(FAILED) from None
 
     signature = inspect.signature(command)
@@ -114,7 +116,7 @@ def plan_command(
         with whole_file(output) as draft:
             draft.write_text(made.to_json())
     if as_json:
-        print(made.to_json())
+        print(printable(made.to_json(), as_json=True))
     else:
         look.show(report.plan_report(made, every_miss=misses))
 
@@ -150,7 +152,7 @@ def transform_command(
         made = jobs.write_tied(models, spec, output, options, jobs.read_plan(ties.plan), checkpoint, init)
     if not made.sites:
         print("pe-fx: warning: nothing could be tied; pe-fx plan --misses says why", file=sys.stderr)
-    print(f"{output}: {len(made.sites)} sites, {made.params_before:,} → {made.params_after:,} parameters", file=sys.stderr)
+    print(f"{printable(str(output))}: {len(made.sites)} sites, {made.params_before:,} → {made.params_after:,} parameters", file=sys.stderr)
 
 
 @app.command("diff", epilog=EPILOG)
@@ -210,7 +212,7 @@ def diff_command(
             found = jobs.diff_of_two(models, spec, other)
         jobs.write_drawings(found, html, svg, png, module, say)
     if as_json:
-        print(found.to_json())
+        print(printable(found.to_json(), as_json=True))
     elif walk_through is not None:
         walk_through(found)
     else:
@@ -236,7 +238,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda step: None
         return
     with console.status("importing torch …") as status:
-        yield lambda step: status.update(f"{step} …")
+        yield lambda step: status.update(Text(f"{printable(step)} …"))
 
 
 def viewer() -> Callable[[Diff], None]:

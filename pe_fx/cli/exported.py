@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pe_fx.errors import PeFxError, first_line
+from pe_fx.graph.capture import quiet
 from pe_fx.graph.inputs import ExampleInputs
 from pe_fx.graph.plain import REGIONS
 
@@ -31,17 +32,14 @@ def load_program(path: Path, *, trust: bool = False) -> tuple[nn.Module, Example
     if not path.is_file():
         raise PeFxError(f"there is no file {path}")
     try:
-        program = torch.export.load(path if trust else _checked_copy(path))
-        args, kwargs = program.example_inputs or ((), {})
-        return program.module(), dict(kwargs) if kwargs and not args else tuple(args) or None
-    except _Unchecked as error:
+        with quiet():
+            program = torch.export.load(path if trust else _checked_copy(path))
+            args, kwargs = program.example_inputs or ((), {})
+            return program.module(), dict(kwargs) if kwargs and not args else tuple(args) or None
+    except PeFxError as error:
         raise PeFxError(f"{path} may run code when it is loaded: {error}. If you trust whoever made it, --trust loads it") from error
     except Exception as error:  # a damaged archive raises anything
         raise PeFxError(f"{path} is no exported program that this torch can read: {first_line(error)}") from error
-
-
-class _Unchecked(Exception):
-    """What a file holds that cannot be told to be harmless."""
 
 
 GRAPH, INPUTS = "models/model.json", "data/sample_inputs/model.pt"
@@ -59,7 +57,7 @@ def _checked_copy(path: Path) -> io.BytesIO:
         root = archive.namelist()[0].partition("/")[0]
         records = {name.removeprefix(f"{root}/") for name in archive.namelist()}
         if not {GRAPH, INPUTS, *(folder + config for folder, (config, _) in TENSORS.items())} <= records:
-            raise _Unchecked("it is not laid out as torch.export.save does today, and other layouts are pickled")
+            raise PeFxError("it is not laid out as torch.export.save does today, and other layouts are pickled")
 
         def read(name: str) -> bytes:
             return archive.read(f"{root}/{name}")
@@ -76,7 +74,7 @@ def _checked_copy(path: Path) -> io.BytesIO:
             write(folder + config, json.dumps(described).encode())
             for tensor, payload in described["config"].items():
                 if payload["use_pickle"] is not False or not plain.fullmatch(payload["path_name"]):
-                    raise _Unchecked(f"the values of {tensor} are pickled")
+                    raise PeFxError(f"the values of {tensor} are pickled")
             for name in sorted({payload["path_name"] for payload in described["config"].values()}):
                 write(folder + name, read(folder + name))
         write(INPUTS, _repickled(read(INPUTS)))
@@ -91,7 +89,7 @@ def _repickled(content: bytes) -> bytes:
     try:
         value = torch.load(io.BytesIO(content), weights_only=True)
     except Exception as error:  # a damaged pickle raises anything
-        raise _Unchecked("its example inputs are more than tensors and plain values") from error
+        raise PeFxError("its example inputs are more than tensors and plain values") from error
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
@@ -142,7 +140,7 @@ def _operator(text: str, field: str) -> str:
             kinds = [str(argument.type) for argument in operation._schema.arguments]
             if any("Tensor" in kind for kind in kinds) or not any("str" in kind for kind in kinds):  # or it takes a file's name
                 return text
-    raise _Unchecked(f"it calls {text!r}, which is no plain operation on tensors")
+    raise PeFxError(f"it calls {text!r}, which is no plain operation on tensors")
 
 
 _CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
@@ -154,7 +152,7 @@ def _tree(text: str, field: str) -> str:
     def checked(spec: Any) -> dict[str, Any]:
         keys = json.loads(spec["context"]) if spec["context"] else None
         if spec["type"] not in _CONTAINERS or not (keys is None or isinstance(keys, list)):
-            raise _Unchecked(f"it takes or returns a {spec['type']}, where plain ones have tuples, lists and dicts")
+            raise PeFxError(f"it takes or returns a {spec['type']}, where plain ones have tuples, lists and dicts")
         for key in keys or ():
             if not isinstance(key, int):
                 _matching(_PATH, key, "key")
@@ -177,7 +175,7 @@ _FORMS: dict[str, Form] = {
     **dict.fromkeys(("in_spec", "out_spec"), _tree),
 }
 
-_LEFT_OUT = {"guards_code": [], "treespec_namedtuple_fields": {}}
+_LEFT_OUT: dict[str, Any] = {"guards_code": [], "treespec_namedtuple_fields": {}}
 """Code, and names that nothing here needs."""
 
 
@@ -197,5 +195,5 @@ def _checked(value: Any, field: str) -> Any:
 
 def _matching(form: re.Pattern[str], text: Any, field: str) -> str:
     if not isinstance(text, str) or not form.fullmatch(text):
-        raise _Unchecked(f"its {field} holds {str(text)[:80]!r}")
+        raise PeFxError(f"its {field} holds {str(text)[:80]!r}")
     return text

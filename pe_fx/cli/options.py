@@ -99,7 +99,9 @@ class Look:
     def show(self, what: RenderableType) -> None:
         """Prints to stdout; plain text where that is no terminal."""
         colors = COLORS[self.color]
-        console = Console(file=sys.stdout, width=self.columns, force_terminal=colors, no_color=colors is False, highlight=False)
+        console = Console(
+            file=sys.stdout, width=self.columns, force_terminal=colors, no_color=colors is False, highlight=False, markup=False, emoji=False
+        )
         with console.capture() as captured:
             console.print(what, soft_wrap=isinstance(what, Text), end="" if isinstance(what, Text) and what.plain.endswith("\n") else "\n")
         text = captured.get()
