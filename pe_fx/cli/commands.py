@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pe_fx.cli.forms import FORMS
+from pe_fx.cli.forms import CODE, FORMS
 from pe_fx.cli.options import AsJson, Debug, Inputs, Look, Misses, Spec, Ties, Trust, at_most_one, refuse, spread
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import whole_file
@@ -37,7 +37,7 @@ pe-fx plan timm:deit_small_patch16_224
 pe-fx diff timm:resnet50 --side-by-side
 pe-fx transform timm:resnet50 -o tied.safetensors
 
-A model is {FORMS}.
+A model is {FORMS}. {CODE}
 """,
     epilog=EPILOG,
     no_args_is_help=True,

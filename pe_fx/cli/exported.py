@@ -150,9 +150,11 @@ def _tree(text: str, field: str) -> str:
     """A tree of inputs or outputs, made of tuples, lists and dicts: other types are looked up by name, and imported."""
 
     def checked(spec: Any) -> dict[str, Any]:
-        keys = json.loads(spec["context"]) if spec["context"] else None
-        if spec["type"] not in _CONTAINERS or not (keys is None or isinstance(keys, list)):
+        if spec["type"] not in _CONTAINERS:
             raise PeFxError(f"it takes or returns a {spec['type']}, where plain ones have tuples, lists and dicts")
+        keys = json.loads(spec["context"]) if spec["context"] else None
+        if not isinstance(keys, list | None):
+            raise PeFxError(f"a {spec['type']} in its inputs or outputs has {str(keys)[:80]!r} for keys")
         for key in keys or ():
             if not isinstance(key, int):
                 _matching(_PATH, key, "key")

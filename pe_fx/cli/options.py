@@ -16,12 +16,12 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from pe_fx.cli.forms import FORMS, KINDS
+from pe_fx.cli.forms import CODE, FORMS, KINDS
 from pe_fx.errors import PeFxError
 
 COLORS = {"auto": None, "always": True, "never": False}
 
-Spec = Annotated[str, typer.Argument(metavar="SPEC", help=f"The model: {FORMS}.", show_default=False)]
+Spec = Annotated[str, typer.Argument(metavar="SPEC", help=f"The model: {FORMS}. {CODE}", show_default=False)]
 Inputs = Annotated[
     list[str] | None,
     typer.Option(

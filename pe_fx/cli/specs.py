@@ -70,7 +70,8 @@ def load(spec: str, inputs: Sequence[str] = (), *, on_meta: bool = False, trust:
     home = Home()
     if source in _LIBRARIES:
         build = _LIBRARIES[source](name)
-        model = _built(spec, build, options, on_meta)
+        with contextlib.nullcontext() if trust else _weights_alone():
+            model = _built(spec, build, options, on_meta)
     else:
         home, module = _at_home(Path(source)) if py else (Home(Path.cwd()), source)
         with home.entered():  # also for what is imported while it is built
@@ -154,6 +155,20 @@ def _checked(spec: str, made: Any) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise PeFxError(f"{spec} is a {type(made).__name__}, not a torch.nn.Module or a callable that returns one")
     return made
+
+
+@contextlib.contextmanager
+def _weights_alone() -> Iterator[None]:
+    """No file that an option names, such as timm's checkpoint_path, is unpickled by `torch.load`."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _timm(name: str) -> Callable[..., Any]:
