@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,7 +65,9 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             raise
         except Exception as error:
             if debug:
-                raise
+                lines = "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
+                print(*map(printable, lines), sep="\n", file=sys.stderr)
+                raise typer.Exit(FAILED) from None
             if isinstance(error, OSError) and error.filename is not None:
                 text = f"{error.filename}: {error.strerror}"
             elif isinstance(error, PeFxError | OSError):
