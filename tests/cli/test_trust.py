@@ -183,9 +183,8 @@ def a_function(body: Any) -> None:
     node.update(target="torch.os.system", inputs=[{"name": "", "arg": {"as_string": f"touch {MARK}"}, "kind": 1}])
 
 
-@in_json(GRAPH)
-def a_file(body: Any) -> None:
-    body["graph_module"]["graph"]["nodes"][0]["target"] = "torch.ops.aten.from_file.default"
+def calling(target: str) -> Callable[[dict[str, bytes]], None]:
+    return in_json(GRAPH)(lambda body: body["graph_module"]["graph"]["nodes"][0].update(target=target))
 
 
 @in_json(GRAPH)
@@ -208,7 +207,11 @@ ENUM = json.dumps([{"__enum__": True, "fqn": f"{IMPORTED}:factory", "name": "x"}
 REFUSED = {
     "opaque object": an_opaque_object,
     "function": a_function,
-    "file": a_file,
+    "file to read": calling("torch.ops.aten.from_file.default"),
+    "file to read into": calling("torch.ops.aten.from_file.out"),
+    "file to write": calling("torch.ops.aten.save.default"),
+    "library": calling("torch.ops.load_library"),
+    "others' operator": calling("torch.ops.inductor._alloc_from_pool.default"),
     "operator": an_operator_argument,
     "argument": an_argument_of_generated_code,
     "keyword": a_keyword,
