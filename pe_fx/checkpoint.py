@@ -64,7 +64,7 @@ def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | No
             raise PeFxError(f"{path}: safetensors cannot hold this model: {first_line(error)}") from error
 
 
-def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: bool = False) -> nn.Module:
+def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: bool = False, trust: bool = False) -> nn.Module:
     """The model with the values of a file, tied where the file or the model is.
 
     >>> import tempfile, pe_fx
@@ -81,6 +81,7 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
         model: dense or tied. It is left as it is unless `inplace`.
         init: how a tied model takes the values of a dense file; see `pe_fx.transform`.
         inplace: change `model` itself.
+        trust: unpickle whatever a file by torch.save holds, which runs code that it may carry; else weights alone.
 
     Returns:
         A model with the file's values, in the model's own dtypes and on its devices, as with `load_state_dict`. A dense model
@@ -92,7 +93,7 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
     """
     check_one_of("init", init, INITS)
     path = Path(path)
-    values, plan = _read(path)
+    values, plan = _read(path, trust)
     held = held_plan(uncompiled(model))
     if any(map(is_sharded, model.parameters())):
         raise PeFxError("this model is sharded: load before that, or with torch.distributed.checkpoint")
@@ -132,7 +133,7 @@ def read_plan(path: str | Path) -> Plan | None:
         return _plan_of(file, Path(path))
 
 
-def _read(path: Path) -> tuple[Mapping[str, Any], Plan | None]:
+def _read(path: Path, trust: bool) -> tuple[Mapping[str, Any], Plan | None]:
     with path.open("rb") as file:
         start = file.read(9)
     if path.suffix == ".safetensors" or start[8:] == b"{":
@@ -140,9 +141,14 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Plan | None]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, _plan_of(opened, path)  # noqa: SIM118 (no dict)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # a training script's options, kept beside its weights
-            values = torch.load(path, map_location="cpu", weights_only=True)
+            values = torch.load(path, map_location="cpu", weights_only=not trust)
     except Exception as error:  # a damaged file raises anything
-        raise PeFxError(f"{path} is no checkpoint of weights alone: {type(error).__name__}") from error
+        if trust:
+            raise PeFxError(f"{path} is no checkpoint: {first_line(error)}") from error
+        raise PeFxError(
+            f"{path} is no checkpoint of weights alone: {type(error).__name__}. "
+            "Where it is whole and you trust whoever made it, trust=True (--trust) loads it with the code that it carries"
+        ) from error
     if isinstance(values, dict):
         values = next((values[key] for key in ("state_dict", "model") if isinstance(values.get(key), dict)), values)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):

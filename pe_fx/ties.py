@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pe_fx.errors import PeFxError
+from pe_fx.text import printable
 
 SCHEMA_VERSION = 1
 
@@ -353,7 +354,7 @@ class Plan:
         """The misses as text: for each reason's weights, one line."""
         if not self.misses:
             return "no misses"
-        return "\n".join(f"{miss.name or '.'} ({miss.kind}): {miss.reason}" for miss in self.misses)
+        return "\n".join(printable(f"{miss.name or '.'} ({miss.kind}): {miss.reason}") for miss in self.misses)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -364,6 +365,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     -  --
     1  22
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -7,17 +7,20 @@ import functools
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from pe_fx.cli.forms import FORMS
-from pe_fx.cli.options import AsJson, Debug, Inputs, Look, Misses, Spec, Ties, at_most_one, refuse, spread
+from pe_fx.cli.forms import CODE, FORMS
+from pe_fx.cli.options import AsJson, Debug, Inputs, Look, Misses, Spec, Ties, Trust, at_most_one, refuse, spread
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import whole_file
+from pe_fx.text import printable
 
 if TYPE_CHECKING:  # what needs torch is imported by the commands: help and completion come at once
     from pe_fx.diff import Diff
@@ -35,7 +38,7 @@ pe-fx plan timm:deit_small_patch16_224
 pe-fx diff timm:resnet50 --side-by-side
 pe-fx transform timm:resnet50 -o tied.safetensors
 
-A model is {FORMS}.
+A model is {FORMS}. {CODE}
 """,
     epilog=EPILOG,
     no_args_is_help=True,
@@ -62,15 +65,17 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             raise
         except Exception as error:
             if debug:
-                raise
+                lines = "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
+                print(*map(printable, lines), sep="\n", file=sys.stderr)
+                raise typer.Exit(FAILED) from None
             if isinstance(error, OSError) and error.filename is not None:
                 text = f"{error.filename}: {error.strerror}"
             elif isinstance(error, PeFxError | OSError):
-                text = " ".join(str(error).split())
+                text = str(error)
             else:
                 text = f"{type(error).__name__}: {error}; --debug shows where"
             hint = "; example_inputs are --input here" if isinstance(error, CaptureError) else ""
-            print(f"pe-fx: error: {text}{hint}", file=sys.stderr)
+            print(f"pe-fx: error: {printable(text)}{hint}", file=sys.stderr)
             raise typer.Exit(FAILED) from None
 
     signature = inspect.signature(command)
@@ -88,6 +93,7 @@ def plan_command(
     *,
     spec: Spec,
     input: Inputs = None,
+    trust: Trust = False,
     ties: Ties,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here, as JSON.")] = None,
     misses: Misses = False,
@@ -108,12 +114,12 @@ def plan_command(
         from pe_fx.cli import jobs
         from pe_fx.diff import report
 
-        made = jobs.planned(spec, input or (), options, jobs.read_plan(ties.plan), say)
+        made = jobs.planned(jobs.Models(input or (), trust, say), spec, options, jobs.read_plan(ties.plan))
     if output is not None:
         with whole_file(output) as draft:
             draft.write_text(made.to_json())
     if as_json:
-        print(made.to_json())
+        print(printable(made.to_json(), as_json=True))
     else:
         look.show(report.plan_report(made, every_miss=misses))
 
@@ -126,6 +132,7 @@ def transform_command(
     spec: Spec,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The tied weights, as safetensors.", show_default=False)],
     input: Inputs = None,
+    trust: Trust = False,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", metavar="FILE", help="Dense weights, .safetensors or .pt; random where left out.")
     ] = None,
@@ -144,10 +151,11 @@ def transform_command(
     with progress() as say:
         from pe_fx.cli import jobs
 
-        made = jobs.write_tied(spec, output, input or (), options, jobs.read_plan(ties.plan), checkpoint, init, say)
+        models = jobs.Models(input or (), trust, say)
+        made = jobs.write_tied(models, spec, output, options, jobs.read_plan(ties.plan), checkpoint, init)
     if not made.sites:
         print("pe-fx: warning: nothing could be tied; pe-fx plan --misses says why", file=sys.stderr)
-    print(f"{output}: {len(made.sites)} sites, {made.params_before:,} → {made.params_after:,} parameters", file=sys.stderr)
+    print(f"{printable(str(output))}: {len(made.sites)} sites, {made.params_before:,} → {made.params_after:,} parameters", file=sys.stderr)
 
 
 @app.command("diff", epilog=EPILOG)
@@ -163,6 +171,7 @@ def diff_command(
         ),
     ] = None,
     input: Inputs = None,
+    trust: Trust = False,
     ties: Ties,
     side_by_side: Annotated[bool, typer.Option("--side-by-side", "-y", help="Two columns.")] = False,
     stat: Annotated[bool, typer.Option("--stat", help="One line a change.")] = False,
@@ -199,13 +208,14 @@ def diff_command(
         from pe_fx.cli import jobs
         from pe_fx.diff import terminal
 
+        models = jobs.Models(input or (), trust, say)
         if other is None:
-            found = jobs.diff_of_transform(spec, input or (), options, jobs.read_plan(ties.plan), say)
+            found = jobs.diff_of_transform(models, spec, options, jobs.read_plan(ties.plan))
         else:
-            found = jobs.diff_of_two(spec, other, input or (), say)
+            found = jobs.diff_of_two(models, spec, other)
         jobs.write_drawings(found, html, svg, png, module, say)
     if as_json:
-        print(found.to_json())
+        print(printable(found.to_json(), as_json=True))
     elif walk_through is not None:
         walk_through(found)
     else:
@@ -231,7 +241,7 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda step: None
         return
     with console.status("importing torch …") as status:
-        yield lambda step: status.update(f"{step} …")
+        yield lambda step: status.update(Text(f"{printable(step)} …"))
 
 
 def viewer() -> Callable[[Diff], None]:

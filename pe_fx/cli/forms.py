@@ -2,4 +2,6 @@
 
 FORMS = "timm:NAME, torchvision:NAME, transformers:MODEL_TYPE, package.module:callable, path/file.py:callable or model.pt2"
 
+CODE = "A callable is Python code, which runs; model.pt2 is read as data alone, unless --trust."
+
 KINDS = ("mlp", "glu", "attention", "bottleneck", "squeeze_excite")

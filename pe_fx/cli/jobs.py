@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,82 +20,84 @@ Result = TypeVar("Result")
 Say = Callable[[str], None]
 
 
-def planned(spec: str, inputs: Sequence[str], options: dict[str, Any], read: Plan | None, say: Say) -> Plan:
+@dataclass(frozen=True)
+class Models:
+    """How the models of one call are made: with which inputs, whether files may run code, and who is told what is going on."""
+
+    inputs: Sequence[str]
+    trust: bool
+    say: Say
+
+    def built(self, spec: str, *, on_meta: bool = True) -> Loaded:
+        self.say(f"building {spec}")
+        return load(spec, self.inputs, on_meta=on_meta, trust=self.trust)
+
+    def used(self, loaded: Loaded, use: Callable[[Loaded], Result]) -> Result:
+        """What `use` makes of a model; one without memory for its weights whose graph cannot be captured so is built with."""
+        if any(parameter.is_meta for parameter in loaded.model.parameters()):
+            with contextlib.suppress(CaptureError), loaded.home.entered():
+                return use(loaded)
+            loaded = self.built(loaded.spec, on_meta=False)
+        try:
+            with loaded.home.entered():
+                return use(loaded)
+        except CaptureError as error:
+            raise CaptureError(f"{loaded.spec}: {error}") from error
+
+
+def planned(models: Models, spec: str, options: dict[str, Any], read: Plan | None) -> Plan:
     """The model's plan; one that was read is checked to fit."""
 
     def plan_it(loaded: Loaded) -> Plan:
         if read is not None:
-            say("checking the plan")
+            models.say("checking the plan")
             pe_fx.apply(loaded.model, read, inplace=True)
             return read
-        say(f"planning {spec}")
+        models.say(f"planning {spec}")
         return pe_fx.plan(loaded.model, loaded.example_inputs, **options)
 
-    return _used(_built(spec, inputs, say), inputs, plan_it, say)
+    return models.used(models.built(spec), plan_it)
 
 
 def write_tied(
-    spec: str,
-    output: Path,
-    inputs: Sequence[str],
-    options: dict[str, Any],
-    read: Plan | None,
-    weights: Path | None,
-    init: str,
-    say: Say,
+    models: Models, spec: str, output: Path, options: dict[str, Any], read: Plan | None, weights: Path | None, init: str
 ) -> Plan:
     """Ties the model and writes its weights, with the plan in the metadata; returns the plan."""
     check_writable(output)
-    loaded = _built(spec, inputs, say, on_meta=False)
-    if weights is not None:
-        say(f"reading {weights}")
-        checkpoint.load(weights, loaded.model, inplace=True)
-    say("planning")
-    made = pe_fx.plan(loaded.model, loaded.example_inputs, **options) if read is None else read
-    tied = pe_fx.apply(loaded.model, made, init=init, inplace=True)
-    say(f"writing {output}")
-    checkpoint.save(tied, output, metadata={"pe_fx_spec": spec})
+    loaded = models.built(spec, on_meta=False)
+    with loaded.home.entered():
+        if weights is not None:
+            models.say(f"reading {weights}")
+            checkpoint.load(weights, loaded.model, inplace=True, trust=models.trust)
+        models.say("planning")
+        made = pe_fx.plan(loaded.model, loaded.example_inputs, **options) if read is None else read
+        tied = pe_fx.apply(loaded.model, made, init=init, inplace=True)
+        models.say(f"writing {output}")
+        checkpoint.save(tied, output, metadata={"pe_fx_spec": spec})
     return made
 
 
-def diff_of_transform(spec: str, inputs: Sequence[str], options: dict[str, Any], read: Plan | None, say: Say) -> Diff:
+def diff_of_transform(models: Models, spec: str, options: dict[str, Any], read: Plan | None) -> Diff:
     def diff_it(loaded: Loaded) -> Diff:
-        say(f"comparing {spec} with its tied self")
+        models.say(f"comparing {spec} with its tied self")
         return diff_transform(loaded.model, loaded.example_inputs, made=read, name=spec, **options)
 
-    return _used(_built(spec, inputs, say), inputs, diff_it, say)
+    return models.used(models.built(spec), diff_it)
 
 
-def diff_of_two(first: str, second: str, inputs: Sequence[str], say: Say) -> Diff:
+def diff_of_two(models: Models, first: str, second: str) -> Diff:
     """Compares two models on the same inputs: those given, else those that an exported program keeps."""
-    on_meta = bool(inputs) or not any(spec.endswith(".pt2") for spec in (first, second))
-    both = [_built(spec, inputs, say, on_meta=on_meta) for spec in (first, second)]
+    on_meta = bool(models.inputs) or not any(spec.endswith(".pt2") for spec in (first, second))
+    both = [models.built(spec, on_meta=on_meta) for spec in (first, second)]
     known = next((loaded.example_inputs for loaded in both if loaded.example_inputs is not None), None)
 
     def graph_of(loaded: Loaded) -> Graph:
-        say(f"capturing {loaded.spec}")
+        models.say(f"capturing {loaded.spec}")
         return Graph.of(loaded.model, loaded.example_inputs if loaded.example_inputs is not None else known, loaded.spec)
 
-    before, after = (_used(loaded, inputs, graph_of, say) for loaded in both)
-    say("aligning")
+    before, after = (models.used(loaded, graph_of) for loaded in both)
+    models.say("aligning")
     return compare(before, after)
-
-
-def _built(spec: str, inputs: Sequence[str], say: Say, on_meta: bool = True) -> Loaded:
-    say(f"building {spec}")
-    return load(spec, inputs, on_meta=on_meta)
-
-
-def _used(loaded: Loaded, inputs: Sequence[str], use: Callable[[Loaded], Result], say: Say) -> Result:
-    """What `use` makes of a model; one without memory for its weights whose graph cannot be captured so is built with."""
-    if any(parameter.is_meta for parameter in loaded.model.parameters()):
-        with contextlib.suppress(CaptureError):
-            return use(loaded)
-        loaded = _built(loaded.spec, inputs, say, on_meta=False)
-    try:
-        return use(loaded)
-    except CaptureError as error:
-        raise CaptureError(f"{loaded.spec}: {error}") from error
 
 
 def read_plan(path: Path | None) -> Plan | None:

@@ -16,16 +16,24 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from pe_fx.cli.forms import FORMS, KINDS
+from pe_fx.cli.forms import CODE, FORMS, KINDS
 from pe_fx.errors import PeFxError
 
 COLORS = {"auto": None, "always": True, "never": False}
 
-Spec = Annotated[str, typer.Argument(metavar="SPEC", help=f"The model: {FORMS}.", show_default=False)]
+Spec = Annotated[str, typer.Argument(metavar="SPEC", help=f"The model: {FORMS}. {CODE}", show_default=False)]
 Inputs = Annotated[
     list[str] | None,
     typer.Option(
         "--input", "-i", metavar="SHAPE", help="Input shape: 1x3x224x224, 1x16:int64 or input_ids=1x16:int64. Derived where left out."
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Load model.pt2 and --checkpoint FILE whole, with the code that such files can carry and that runs then. "
+        "Without it they are read as data, and refused where they are more. For files whose maker you trust.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
@@ -91,7 +99,9 @@ class Look:
     def show(self, what: RenderableType) -> None:
         """Prints to stdout; plain text where that is no terminal."""
         colors = COLORS[self.color]
-        console = Console(file=sys.stdout, width=self.columns, force_terminal=colors, no_color=colors is False, highlight=False)
+        console = Console(
+            file=sys.stdout, width=self.columns, force_terminal=colors, no_color=colors is False, highlight=False, markup=False, emoji=False
+        )
         with console.capture() as captured:
             console.print(what, soft_wrap=isinstance(what, Text), end="" if isinstance(what, Text) and what.plain.endswith("\n") else "\n")
         text = captured.get()

@@ -4,6 +4,8 @@ timm:NAME[,key=value…]              torchvision:NAME[,key=value…]
 transformers:MODEL_TYPE[,key=value…]    from its configuration, with random weights
 package.module:callable[,key=value…]    path/file.py:callable[,key=value…]
 model.pt2                           an exported program
+
+A callable is code, which runs. An exported program is data, and read as such.
 """
 
 from __future__ import annotations
@@ -14,41 +16,49 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pe_fx.cli.exported import load_program
 from pe_fx.cli.forms import FORMS
+from pe_fx.cli.home import KEPT, Home
 from pe_fx.errors import PeFxError
 from pe_fx.graph.inputs import ExampleInputs
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with the spec that it was made from, and example inputs where they are known (else None: they are derived)."""
+    """A model with the spec that it was made from, and example inputs where they are known (else None: they are derived).
+
+    Its code may import more when it runs: inside of `home.entered()`.
+    """
 
     spec: str
     model: nn.Module
     example_inputs: ExampleInputs | None = None
+    home: Home = field(default_factory=Home)
 
 
-def load(spec: str, inputs: Sequence[str] = (), *, on_meta: bool = False) -> Loaded:
+def load(spec: str, inputs: Sequence[str] = (), *, on_meta: bool = False, trust: bool = False) -> Loaded:
     """Builds the model that a spec names.
 
     >>> load("torch.nn:Linear,in_features=4,out_features=2").model
     Linear(in_features=4, out_features=2, bias=True)
 
     `inputs` as for `parse_inputs`. With `on_meta`, models of the libraries are built without memory for their weights where that
-    works. Nothing is downloaded. Raises `PeFxError` where there is no such model, with the nearest names that there are.
+    works. Nothing is downloaded. Raises `PeFxError` where there is no such model, with the nearest names that there are; and for an
+    exported program that may run code of its own, unless `trust`.
     """
     if spec.endswith(".pt2"):
-        model, example_inputs = _exported(Path(spec))
+        model, example_inputs = load_program(Path(spec), trust=trust)
         return Loaded(spec, model, parse_inputs(inputs, "cpu") or example_inputs)
     file, py, rest = spec.partition(".py:")
     source, colon, rest = (f"{file}.py", ":", rest) if py else spec.partition(":")
@@ -57,14 +67,18 @@ def load(spec: str, inputs: Sequence[str] = (), *, on_meta: bool = False) -> Loa
         guess = f" (timm:{spec}?)" if spec.isidentifier() and spec not in _LIBRARIES else ""
         raise PeFxError(f"{spec!r} is no model spec{guess}: write {FORMS}")
     options = dict(map(_option, arguments))
+    home = Home()
     if source in _LIBRARIES:
         build = _LIBRARIES[source](name)
-        model = _built(spec, build, options, on_meta)
+        with contextlib.nullcontext() if trust else _weights_alone():
+            model = _built(spec, build, options, on_meta)
     else:
-        with _on_path(Path(source).parent if py else Path.cwd()):  # also for what is imported while it is built
-            model = _built(spec, _callable(source, name), options, on_meta=False)
+        home, module = _at_home(Path(source)) if py else (Home(Path.cwd()), source)
+        with home.entered():  # also for what is imported while it is built
+            found = _from_file(module, Path(source)) if py else _from_package(module)
+            model = _built(spec, _callable(found, source, name), options, on_meta=False)
     like = next(iter(model.parameters()), torch.empty(0))
-    return Loaded(spec, model, parse_inputs(inputs, like.device))
+    return Loaded(spec, model, parse_inputs(inputs, like.device), home)
 
 
 def parse_inputs(inputs: Sequence[str], device: torch.device | str = "cpu") -> ExampleInputs | None:
@@ -143,6 +157,20 @@ def _checked(spec: str, made: Any) -> nn.Module:
     return made
 
 
+@contextlib.contextmanager
+def _weights_alone() -> Iterator[None]:
+    """No file that an option names, such as timm's checkpoint_path, is unpickled by `torch.load`."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def _timm(name: str) -> Callable[..., Any]:
     timm = _imported("timm", "pip install 'pe_fx[timm]'")
     if not timm.is_model(name.partition(".")[0]):
@@ -182,9 +210,8 @@ def _unknown(what: str, name: str, known: Iterable[str]) -> PeFxError:
     return PeFxError(f"{what} knows no {name!r}" + (f"; did you mean {', '.join(nearest)}?" if nearest else ""))
 
 
-def _callable(source: str, name: str) -> Callable[..., Any]:
-    module = _from_file(Path(source)) if source.endswith(".py") else _from_package(source)
-    found: Any = module
+def _callable(module: Any, source: str, name: str) -> Callable[..., Any]:
+    found = module
     for atom in name.split("."):
         if not hasattr(found, atom):
             raise _unknown(source, name, (other for other in vars(module) if not other.startswith("_")))
@@ -196,15 +223,31 @@ def _callable(source: str, name: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _from_file(path: Path) -> Any:
+def _at_home(path: Path) -> tuple[Home, str]:
+    """Where a file's imports are looked up, and what the file is called there: `package.module` where it is part of a package."""
     if not path.is_file():
         raise PeFxError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look a class's module up
+    root = folder = path.resolve().parent
+    packages: list[str] = []
+    while (root / "__init__.py").is_file():
+        root, packages = root.parent, [root.name, *packages]
+    names = [*packages, *([path.stem.replace(".", "_")] if path.name != "__init__.py" else [])]
+    if names[0] in KEPT & sys.modules.keys():
+        return Home(folder), f"{names[-1]}_"  # a file called random.py is not what others import by that name
+    return Home(root, after=folder if packages else None), ".".join(names)
+
+
+def _from_file(name: str, path: Path) -> Any:
     with _user_code(str(path)):
+        if package := name.rpartition(".")[0]:
+            importlib.import_module(package)
+        loaded = sys.modules.get(name)
+        if loaded is not None and os.path.realpath(getattr(loaded, "__file__", None) or "") == os.path.realpath(path):
+            return loaded  # its package has imported it
+        spec = importlib.util.spec_from_file_location(name, path.resolve())
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses and pickle look a class's module up
         spec.loader.exec_module(module)
     return module
 
@@ -233,27 +276,6 @@ def _user_code(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever a user's module raises
         raise PeFxError(f"{what} could not be imported: {type(error).__name__}: {_first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _on_path(folder: Path) -> Iterator[None]:
-    place = str(folder.resolve())
-    sys.path.insert(0, place)
-    try:
-        yield
-    finally:
-        sys.path.remove(place)
-
-
-def _exported(path: Path) -> tuple[nn.Module, ExampleInputs | None]:
-    if not path.is_file():
-        raise PeFxError(f"there is no file {path}")
-    try:
-        program = torch.export.load(path)
-        args, kwargs = program.example_inputs or ((), {})
-        return program.module(), dict(kwargs) if kwargs and not args else tuple(args) or None
-    except Exception as error:  # a damaged archive raises anything
-        raise PeFxError(f"{path} is no exported program that this torch can read: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -25,6 +25,7 @@ How it hangs together:
   now is a view of. The source of a tie is among them, unchanged. `Change.shared_with` are parameters of other changes that are
   the same matrix. `Diff.shared` maps each source of the plan to everything that is a view of it: what to highlight together.
 - `Diff.misses` are the plan's near misses (`kind`, `name` of the module, `weights`, `reason`).
+- Names are as the models have them, with any characters; views draw `Diff.shown`, where they are printable.
 
 `Diff.to_json()` has all of it under the same names; with `graphs=True` the graphs and pairs, too.
 """
@@ -47,6 +48,7 @@ from pe_fx.diff.align import align
 from pe_fx.diff.graph import Graph, Node, Operand, path_to
 from pe_fx.graph.capture import capture
 from pe_fx.graph.inputs import ExampleInputs
+from pe_fx.text import legible
 from pe_fx.ties import Miss, Plan, Shape, Site, gain_of
 
 SCHEMA_VERSION = 1
@@ -150,6 +152,13 @@ class Diff:
     @property
     def delta(self) -> int:
         return self.after.numel - self.before.numel
+
+    @functools.cached_property
+    def shown(self) -> Diff:
+        """The same with every name `pe_fx.text.legible`: what all views are drawn from."""
+        shown = legible(self)
+        vars(shown)["shown"] = shown
+        return shown
 
     def to_json(self, *, graphs: bool = False, indent: int | None = None) -> str:
         """The diff as JSON text, with a schema version; with `graphs` the nodes, modules and pairs, too."""

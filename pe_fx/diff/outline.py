@@ -68,7 +68,7 @@ class Outline:
     """
 
     def __init__(self, diff: Diff) -> None:
-        self.diff = diff
+        self.diff = diff = diff.shown
         classes = diff.after.modules | diff.before.modules
         self.root = Item(classes.get("") or "model", "", is_open=True)
         self.modules = {"": self.root}

@@ -74,7 +74,7 @@ class Overlay:
     """
 
     def __init__(self, diff: Diff) -> None:
-        self.diff = diff
+        self.diff = diff = diff.shown
         homes = _homes(diff)
         self.after_name = {old: new for new, old in reversed(homes.items()) if homes.get(old) != old}
         self.parts = [Part(-1, "")]

@@ -36,6 +36,7 @@ def page(diff: Diff) -> str:
     >>> page(diff_transform(nn.Linear(4, 4), name="a linear layer"))[:15]
     '<!doctype html>'
     """
+    diff = diff.shown
     packed = zlib.compress(json.dumps(described(diff), ensure_ascii=False, separators=(",", ":")).encode(), 9)
     parts = {
         "title": html.escape(f"{diff.before.name} → {diff.after.name}"),
@@ -50,6 +51,7 @@ def page(diff: Diff) -> str:
 
 def described(diff: Diff) -> dict[str, Any]:
     """What the page draws: `Diff.to_json` as "diff", its parts with their layouts, and the edges."""
+    diff = diff.shown
     overlay = Overlay(diff)
     parts = [_part(overlay, number) for number in range(len(overlay.parts))]
     for number, points, routes in overlay.levels():

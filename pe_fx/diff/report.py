@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pe_fx.diff.tree import within
+from pe_fx.text import legible
 from pe_fx.ties import Plan, Site, to_ranges
 
 _NUMBER = re.compile(r"\d+(?=\D*$)")
@@ -22,6 +23,7 @@ SHOWN = 8
 
 def plan_report(plan: Plan, *, every_miss: bool = False) -> RenderableType:
     """Everything that `pe-fx plan` shows."""
+    plan = legible(plan)
     parts: list[RenderableType] = []
     if plan.sites:
         by_kind = _savings("kind", plan, lambda site: site.kind)

@@ -38,7 +38,7 @@ def side_by_side(diff: Diff, width: int, *, fold: bool = True) -> Text:
 
 def stat(diff: Diff, width: int) -> Text:
     """One line a change with a bar for its parameters, as `git diff --stat` has."""
-    text = Text()
+    diff, text = diff.shown, Text()
     if not diff:
         return text
     names = [change.module or "." for change in diff.changes]
@@ -57,7 +57,7 @@ def stat(diff: Diff, width: int) -> Text:
 
 def misses(diff: Diff, width: int) -> Text:
     """Why others were left as they are."""
-    text = Text("\n")
+    diff, text = diff.shown, Text("\n")
     if not diff.misses:
         return text.append("no near misses\n")
     text.append("near misses:\n", STYLES["site"])
@@ -77,6 +77,7 @@ def summary(diff: Diff) -> Text:
     >>> print(summary(diff_transform(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)))).plain)
     1 change (mlp); 1 of 5 nodes; 33,088 → 16,704 parameters (−16,384, −49.5 %)
     """
+    diff = diff.shown
     if not diff:
         return Text("no differences")
     kinds = Counter(change.kind for change in diff.changes)
@@ -96,7 +97,7 @@ def _parameters(diff: Diff) -> str:
 
 
 def _heading(diff: Diff) -> Text:
-    text = Text()
+    diff, text = diff.shown, Text()
     if diff:
         text.append(f"--- {diff.before.name}\n", STYLES["before"])
         text.append(f"+++ {diff.after.name}\n", STYLES["after"])

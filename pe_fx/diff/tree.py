@@ -48,6 +48,7 @@ class Branch:
 
 def rows(diff: Diff, *, fold: bool = True) -> list[Row]:
     """The tree as lines; with `fold`, blocks that changed like the one before them are named alone."""
+    diff = diff.shown
     return list(_Tree(diff, fold).branch(grown(diff), 0)) if diff else []
 
 

@@ -171,7 +171,7 @@ class Viewer(App[None]):
 
     def __init__(self, diff: Diff) -> None:
         super().__init__()
-        self.diff = diff
+        self.diff = diff = diff.shown
         self.outline = Outline(diff)
         self.holders = {outer for item in self.outline.changed for outer in item.around()}
         self.lines = self.outline.visible()

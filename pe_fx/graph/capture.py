@@ -69,7 +69,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
         tried.append(inputs)
         for route in _routes(model, inputs, errors):
             try:
-                with _quiet(), _rng_untouched(model):
+                with quiet(), _rng_untouched(model):
                     traced = route()
             except Exception as error:  # whatever a user's forward raises
                 errors.append(error)
@@ -286,8 +286,8 @@ def _refuse(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Export reports a failure by printing the whole graph so far; the caller gets one line instead."""
+def quiet() -> Iterator[None]:
+    """Nothing on stderr: export reports a failure by printing the whole graph so far, and the caller gets one line instead."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

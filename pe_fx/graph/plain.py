@@ -51,7 +51,7 @@ def _copy_into(graph: fx.Graph, gm: fx.GraphModule, values: dict[fx.Node, Any]) 
     raise CaptureError("a graph without an output node")
 
 
-_REGIONS = (
+REGIONS = (
     *("wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph"),
     *("tag_activation_checkpoint", "wrap_activation_checkpoint"),
 )
@@ -60,7 +60,7 @@ _REGIONS = (
 
 def _region(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, list[Any]] | None:
     """The body and its operands, where `node` calls exactly one subgraph exactly once."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or str(node.target) not in _REGIONS:
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or str(node.target) not in REGIONS:
         return None
     bodies = [
         (i, getattr(gm, str(a.target)))

@@ -329,8 +329,9 @@ def test_inputs_that_do_not_fit() -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    result = CliRunner().invoke(app, ["plan", "nowhere.py:f", "--debug"])
-    assert isinstance(result.exception, pe_fx.PeFxError)
+    lines = run("plan", "nowhere\x1b[2J.py:f", "--debug", code=2).stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == r"pe_fx.errors.PeFxError: there is no file nowhere\x1b[2J.py"
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:
