@@ -16,20 +16,30 @@ def placed(parameter: Tensor, module: nn.Module, attribute: str, beside: Tensor 
     >>> placed(layer.weight, layer, "weight", layer.bias, "fc2.weight ← fc1.weightᵀ") is layer.weight
     True
 
-    accelerate's hooks (`cpu_offload`, `disk_offload`, `device_map`) keep a module's weights on the meta device while it does not run:
-    the source's own hook places it for this read. Raises `PeFxError` where nothing says what its values are.
+    Hooks of accelerate (`cpu_offload`, `disk_offload`, `device_map`) keep a module's weights on the meta device while it does not run,
+    those of diffusers (group offloading, leaf by leaf) put anything there: the source's own hook places it for this read. Raises
+    `PeFxError` where nothing says what its values are.
     """
-    if parameter.is_meta:
-        hook: Any = getattr(module, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(module)
-            given = module._parameters[attribute]
-            hook.post_forward(module, None)
-            assert given is not None
-            parameter = given
-        if parameter.is_meta and beside is not None and not beside.is_meta:
-            raise PeFxError(
-                f"{text}: its source, a {type(module).__name__}, is on the meta device, without values, while its own layer has them. "
-                "What places weights only while their module runs must do so for both, or take pe_fx.untie(model)"
-            )
+    hooks = _hooks(module, parameter)
+    for hook in hooks:
+        hook.pre_forward(module)
+    if hooks:
+        given = module._parameters[attribute]
+        assert given is not None
+        parameter = given.view_as(given)  # keeps what the hook takes away again
+    for hook in reversed(hooks):
+        hook.post_forward(module, None)
+    if parameter.is_meta and beside is not None and not beside.is_meta:
+        raise PeFxError(
+            f"{text}: its source, a {type(module).__name__}, is on the meta device, without values, while its own layer has them. "
+            "What places weights only while their module runs must do so for both, or take pe_fx.untie(model)"
+        )
     return parameter if beside is None or beside.device == parameter.device else parameter.to(beside.device)
+
+
+def _hooks(module: nn.Module, parameter: Tensor) -> list[Any]:
+    """Those that place a module's weights before it runs, by the attributes in which the two libraries keep them."""
+    own = vars(module)
+    if parameter.is_meta and "_hf_hook" in own:
+        return [own["_hf_hook"]]
+    return list(own["_diffusers_hook"].hooks.values()) if "_diffusers_hook" in own else []

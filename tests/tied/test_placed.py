@@ -14,6 +14,7 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import set_module_tensor_to_device
 from census import TRANSFORMERS, built
+from diffusers.hooks import apply_group_offloading
 from models import MODELS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -136,6 +137,27 @@ def test_the_sources_hook_places_it(bias: bool) -> None:
     torch.testing.assert_close(outputs(offloaded, X), expected)
     assert offloaded[0].weight.is_meta  # as it was found
     remove_hook_from_submodules(offloaded)
+
+
+GROUPS: dict[str, dict[str, Any]] = {
+    "leaf": {"offload_type": "leaf_level"},
+    "leaf, on disk": {"offload_type": "leaf_level", "on_disk": True},
+    "block": {"offload_type": "block_level", "num_blocks_per_group": 1},
+    "block, on disk": {"offload_type": "block_level", "num_blocks_per_group": 1, "on_disk": True},
+}
+
+
+@pytest.mark.parametrize("how", GROUPS)
+@pytest.mark.parametrize("share", [(), ("mlp",)], ids=["each", "shared"])
+def test_offloaded_in_groups_by_diffusers(how: str, share: tuple[str, ...], tmp_path: Path) -> None:
+    block = lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))  # noqa: E731
+    tied = pe_fx.transform(nn.Sequential(block(), block(), block()), X, share=share)
+    expected = outputs(tied, X)
+    options = dict(GROUPS[how])
+    folder = {"offload_to_disk_path": str(tmp_path)} if options.pop("on_disk", False) else {}
+    apply_group_offloading(tied, onload_device=CPU, offload_device=CPU, **options, **folder)
+    for _ in range(2):
+        torch.testing.assert_close(outputs(tied, X), expected)
 
 
 def test_a_source_without_values_is_refused() -> None:
