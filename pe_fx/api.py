@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from pe_fx.copies import copied
 from pe_fx.errors import NoSitesWarning, PeFxError, check_one_of
 from pe_fx.graph.capture import Captured, capture
+from pe_fx.graph.copies import copied
 from pe_fx.graph.flow import Flow
 from pe_fx.graph.inputs import ExampleInputs
 from pe_fx.graph.ops import value_of

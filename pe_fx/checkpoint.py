@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pe_fx.api import apply
-from pe_fx.copies import copied
 from pe_fx.errors import PeFxError, check_one_of, first_line
 from pe_fx.files import whole_file
+from pe_fx.graph.copies import copied
 from pe_fx.tied.held import held_plan, uncompiled
 from pe_fx.tied.rewrite_modules import INITS
 from pe_fx.tied.twin import untie

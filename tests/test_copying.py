@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import pe_fx
 from pe_fx import PeFxError
-from pe_fx.copies import copied
+from pe_fx.graph.copies import copied
 
 X = torch.randn(3, 5, 8)
 

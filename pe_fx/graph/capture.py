@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from pe_fx.copies import copied, modules_in
 from pe_fx.errors import CaptureError, first_line
+from pe_fx.graph.copies import copied, modules_in
 from pe_fx.graph.inputs import ExampleInputs, as_arguments, derive_inputs, enumerate_tensors, tensors_in
 from pe_fx.graph.ops import COPIES, GATHERS, base_name, value_of
 from pe_fx.graph.plain import plain

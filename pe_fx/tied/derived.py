@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from pe_fx.copies import by_attributes, state_of
 from pe_fx.errors import PeFxError
+from pe_fx.graph.copies import by_attributes, state_of
 
 Steps = tuple[tuple[type, tuple[str, ...]], ...]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from pe_fx.copies import copied
 from pe_fx.errors import PeFxError, first_line
 from pe_fx.graph.capture import capture, rng_restored
+from pe_fx.graph.copies import copied
 from pe_fx.graph.inputs import ExampleInputs, as_arguments, tensors_in
 from pe_fx.tied.weight import Tied, tied_weights_in, unchoose, untie_weights
 from pe_fx.ties import table

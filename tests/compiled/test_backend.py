@@ -39,6 +39,7 @@ X = torch.randn(4, 8)
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.compiler.reset()
+    vars(X).clear()  # Dynamo marks a tensor whose size was another one before
     yield
     torch.compiler.reset()
 
@@ -408,7 +409,7 @@ def test_dynamos_own_ways_to_write_a_graph(build: Callable[[], nn.Module], unlow
     torch.testing.assert_close(model(x), y)
     model(x).square().sum().backward()
     for name, parameter in model.named_parameters():
-        if gradients[name] is None or gradients[name].shape == parameter.shape:  # of a weight tied in part, some rows are left
+        if name in gradients:  # of a weight tied in part, some rows are left, under another name
             torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
 
 
@@ -1003,8 +1004,9 @@ class Viewed(nn.Module):
         return y
 
 
-def test_a_weight_that_is_viewed_is_tied_through_inductor() -> None:
-    model = Viewed()
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_weight_that_is_viewed_is_tied_through_inductor(checkpointed: bool) -> None:
+    model = Viewed(checkpointed)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.fc2.weight.copy_(model.fc1.weight.t())
@@ -1016,13 +1018,21 @@ def test_a_weight_that_is_viewed_is_tied_through_inductor() -> None:
     assert len(pe_fx.pending(model).ties) == 1
 
 
-def test_a_graph_that_fails_when_it_is_tied_is_compiled_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
-    """In the subgraph of a checkpoint, what reads the weight is not seen."""
-    model = Viewed(checkpointed=True)
+def test_a_graph_that_fails_when_it_is_tied_is_compiled_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, unlowered: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, lower = mlp(), pe_fx.compiled.backend.lower
+
+    def fail(gm: torch.fx.GraphModule, *args: Any, **options: Any) -> Any:
+        if "transpose" in gm.code:
+            raise ValueError("nothing transposed")
+        return lower(gm, *args, **options)
+
+    monkeypatch.setattr(pe_fx.compiled.backend, "lower", fail)
     with caplog.at_level(logging.WARNING, "pe_fx"):
         y = compiled(model)(X)
     torch.testing.assert_close(y, model(X))
-    assert "compiled without new ties, since it failed with them: ValueError: Cannot view a tensor" in caplog.text
+    assert "compiled without new ties, since it failed with them: ValueError: nothing transposed" in caplog.text
     assert not pe_fx.pending(model).ties
 
 
