@@ -108,9 +108,9 @@ def test_every_view_shows_the_name(number: int) -> None:
         text = run(*view, f"net.py:net{number}", "--input", "2x8").stdout
         assert is_plain(text)
         assert shown in text
-        coloured = run(*view, f"net.py:net{number}", "--input", "2x8", "--color", "always").stdout
-        assert is_plain(re.sub(r"\x1b\[[\d;]*m", "", coloured))
     for command in ("plan", "diff"):
+        coloured = run(command, f"net.py:net{number}", "--input", "2x8", "--color", "always").stdout
+        assert is_plain(re.sub(r"\x1b\[[\d;]*m", "", coloured))
         text = run(command, f"net.py:net{number}", "--input", "2x8", "--json").stdout
         assert is_plain(text)
         assert any(name in found for found in texts(json.loads(text)))
