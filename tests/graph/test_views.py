@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -35,6 +35,7 @@ def reshapes(draw: st.DrawFn) -> tuple[Tensor, tuple[int, ...]]:
     return draw(tags(sizes)), tuple(shape)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of the machine's load
 @given(reshapes())
 def test_a_reshape_keeps_the_order(case: tuple[Tensor, tuple[int, ...]]) -> None:
     given_tags, shape = case
