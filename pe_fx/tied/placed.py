@@ -6,19 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pe_fx.errors import PeFxError
 
-
-def placed(parameter: Tensor, module: nn.Module, attribute: str, beside: Tensor | None, text: str) -> Tensor:
-    """A source's parameter, where the tied layer's own parameters are (`beside`, one of them).
+def placed(parameter: Tensor, module: nn.Module, attribute: str, beside: Tensor | None) -> Tensor | None:
+    """A source's parameter, where the tied layer's own parameters are (`beside`, one of them); None where nothing says what it holds.
 
     >>> layer = nn.Linear(2, 3)
-    >>> placed(layer.weight, layer, "weight", layer.bias, "fc2.weight ← fc1.weightᵀ") is layer.weight
+    >>> placed(layer.weight, layer, "weight", layer.bias) is layer.weight
     True
 
     Hooks of accelerate (`cpu_offload`, `disk_offload`, `device_map`) keep a module's weights on the meta device while it does not run,
-    those of diffusers (group offloading, leaf by leaf) put anything there: the source's own hook places it for this read. Raises
-    `PeFxError` where nothing says what its values are.
+    those of diffusers (group offloading, leaf by leaf) put anything there: the source's own hook places it for this read.
     """
     hooks = _hooks(module, parameter)
     for hook in hooks:
@@ -30,10 +27,7 @@ def placed(parameter: Tensor, module: nn.Module, attribute: str, beside: Tensor 
     for hook in reversed(hooks):
         hook.post_forward(module, None)
     if parameter.is_meta and beside is not None and not beside.is_meta:
-        raise PeFxError(
-            f"{text}: its source, a {type(module).__name__}, is on the meta device, without values, while its own layer has them. "
-            "What places weights only while their module runs must do so for both, or take pe_fx.untie(model)"
-        )
+        return None
     return parameter if beside is None or beside.device == parameter.device else parameter.to(beside.device)
 
 

@@ -211,7 +211,13 @@ class TiedWeight:
             if parameter is None:
                 source = f"the {attribute} of its source, {type(module).__name__}, is no parameter any more"
                 raise PeFxError(f"{name} ← {self.text}: {source}. It {whereabouts(module, attribute)}")
-            sources.append(placed(parameter, module, attribute, beside, f"{name} ← {self.text}"))
+            value = placed(parameter, module, attribute, beside)
+            if value is None:
+                raise PeFxError(
+                    f"{name} ← {self.text}: its source, a {type(module).__name__}, is on the meta device, without values, while its own "
+                    "layer has them. What places weights only while their module runs must do so for both, or take pe_fx.untie(model)"
+                )
+            sources.append(value)
         if any(map(is_sharded, sources)) and not all(map(is_sharded, (*sources, *(each for each in own.values() if each is not None)))):
             raise PeFxError(
                 f"{name} of {owner} reads a shard: its source was sharded apart from it. FSDP2 must shard both modules as one unit, "
@@ -236,8 +242,8 @@ class TiedWeight:
         if any(module._parameters is not self.place for module, _ in self.sources):
             raise PeFxError(
                 f"{name} ← {self.text} is read by a copy of its module that was made part by part, as by nn.DataParallel or a library for "
-                "meta-learning: where the copy of its source is cannot be known. Use DistributedDataParallel, "
-                "torch.func.functional_call(model, parameters, args), copy.deepcopy(model), or pe_fx.untie(model)"
+                "meta-learning, or that got another dict of parameters, as by DeepSpeed's ZeRO 3: where the copy of its source is cannot "
+                "be known. Use DistributedDataParallel, FSDP2, torch.func.functional_call(model, parameters, args), copy.deepcopy(model), or pe_fx.untie(model)"
             )
         own = {key: value for key, value in (*vars(owner).items(), *owner._parameters.items()) if isinstance(value, Tensor)}
         return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *(own[attribute] for _, attribute in self.sources))
