@@ -243,7 +243,8 @@ class TiedWeight:
             raise PeFxError(
                 f"{name} ← {self.text} is read by a copy of its module that was made part by part, as by nn.DataParallel or a library for "
                 "meta-learning, or that got another dict of parameters, as by DeepSpeed's ZeRO 3: where the copy of its source is cannot "
-                "be known. Use DistributedDataParallel, FSDP2, torch.func.functional_call(model, parameters, args), copy.deepcopy(model), or pe_fx.untie(model)"
+                "be known. Use DistributedDataParallel, FSDP2, torch.func.functional_call(model, parameters, args), copy.deepcopy(model), "
+                "or pe_fx.untie(model)"
             )
         own = {key: value for key, value in (*vars(owner).items(), *owner._parameters.items()) if isinstance(value, Tensor)}
         return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *(own[attribute] for _, attribute in self.sources))
