@@ -240,7 +240,7 @@ class Backend:
             self.ledger.warned = True
             warnings.warn(
                 f"none of the {matrices} matrices in this graph can be tied; it is compiled as by Inductor. "
-                "print(pe_fx.plan(model, inputs, ...).explain()), with the same inputs and rules, lists what came near a tie, if anything did",
+                "print(pe_fx.plan(model, inputs, ...).explain()), with the same inputs and rules, lists what came near a tie",
                 NoSitesWarning,
                 stacklevel=2,
             )
