@@ -247,4 +247,4 @@ def _read(module: nn.Module) -> Iterator[Tensor]:
     """The stored parameters that a module itself reads: its own and those it is tied to."""
     yield from (parameter for parameter in module._parameters.values() if parameter is not None)
     for weight in module.tied_weights.values() if isinstance(module, Tied) else ():
-        yield from (source.get_parameter(attribute) for source, attribute in weight.sources)
+        yield from weight.parameters

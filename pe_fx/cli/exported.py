@@ -135,8 +135,9 @@ def _operator(text: str, field: str) -> str:
     if _SCALARS.fullmatch(text) or text in (f"torch.ops.higher_order.{region}" for region in REGIONS):
         return text
     if match := re.fullmatch(r"torch\.ops\.(aten|prims)\.(\w+)\.(\w+)", text, re.ASCII):
-        operation = getattr(getattr(getattr(torch.ops, match[1]), match[2], None), match[3], None)
-        if isinstance(operation, torch._ops.OpOverload) and torch._C._dispatch_has_kernel(operation.name()):  # type: ignore[no-untyped-call]  # none of TorchScript alone
+        operation: Any = getattr(getattr(getattr(torch.ops, match[1]), match[2], None), match[3], None)
+        is_known = isinstance(operation, torch._ops.OpOverload)
+        if is_known and torch._C._dispatch_has_kernel(operation.name()):  # none of TorchScript alone
             kinds = [str(argument.type) for argument in operation._schema.arguments if not argument.is_out]
             if any("Tensor" in kind for kind in kinds) or not any("str" in kind for kind in kinds):  # the text may name a file
                 return text

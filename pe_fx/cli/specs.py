@@ -30,7 +30,7 @@ from torch import nn
 from pe_fx.cli.exported import load_program
 from pe_fx.cli.forms import FORMS
 from pe_fx.cli.home import KEPT, Home
-from pe_fx.errors import PeFxError
+from pe_fx.errors import PeFxError, first_line
 from pe_fx.graph.inputs import ExampleInputs
 
 
@@ -147,7 +147,7 @@ def _built(spec: str, build: Callable[..., Any], options: dict[str, Any], on_met
     try:
         made = build(**options)
     except Exception as error:  # whatever a model's constructor raises
-        raise PeFxError(f"{spec} could not be built: {type(error).__name__}: {_first_line(error)}") from error
+        raise PeFxError(f"{spec} could not be built: {first_line(error)}") from error
     return _checked(spec, made)
 
 
@@ -275,7 +275,7 @@ def _user_code(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a user's module raises
-        raise PeFxError(f"{what} could not be imported: {type(error).__name__}: {_first_line(error)}") from error
+        raise PeFxError(f"{what} could not be imported: {first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

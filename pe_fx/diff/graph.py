@@ -177,6 +177,10 @@ class _Reader:
     def _name(self, name: str) -> str:
         return self._names.get(name, name)
 
+    @functools.cached_property
+    def _by_parameter(self) -> dict[int, str]:
+        return {id(parameter): self._name(name) for name, parameter in self._model.named_parameters()}
+
     def _tied(self, name: str) -> Operand | None:
         """A weight that the graph reads as an attribute, where that is a view of others."""
         path, _, attribute = name.rpartition(".")
@@ -187,8 +191,7 @@ class _Reader:
         if not isinstance(owner, Tied) or attribute not in owner.tied_weights:
             return None
         tied = owner.tied_weights[attribute]
-        names = {id(parameter): self._name(name) for name, parameter in self._model.named_parameters()}
-        sources = tuple(names[id(source.get_parameter(attribute))] for source, attribute in tied.sources)
+        sources = tuple(self._by_parameter[id(source)] for source in tied.parameters)
         return Operand(tied.text, sources, tuple(getattr(owner, attribute).shape))
 
     def _node(self, node: fx.Node, operands: list[fx.Node]) -> Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +110,7 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
     if not tied_modules:
         raise PeFxError("nothing in this model is tied: pass what pe_fx.transform returned")
     args, kwargs = as_arguments(_fitting_inputs(model) if example_inputs is None else example_inputs)
-    dtypes = {source.dtype for source in _read(tied_modules)}
+    dtypes = {source.dtype for _, _, _, weight in tied_weights_in(model) for source in weight.parameters}
     limit = max(TOLERANCES.get(dtype, 1e-4) for dtype in dtypes) if tolerance is None else tolerance
     found: list[Comparison] = []
     notes: list[str] = []
@@ -155,15 +155,8 @@ def _any_finite(values: Iterable[Tensor]) -> bool:
 
 def _sources(model: nn.Module) -> list[str]:
     """The names of the parameters that ties are views of."""
-    tied = [module for module in model.modules() if isinstance(module, Tied)]
-    sources = {id(source) for source in _read(tied)}
+    sources = {id(source) for _, _, _, weight in tied_weights_in(model) for source in weight.parameters}
     return [name for name, parameter in model.named_parameters() if id(parameter) in sources]
-
-
-def _read(tied: Iterable[Tied]) -> Iterator[Tensor]:
-    for module in tied:
-        for weight in module.tied_weights.values():
-            yield from (source.get_parameter(name) for source, name in weight.sources)
 
 
 def _without_constants(model: nn.Module) -> nn.Module:

@@ -226,6 +226,11 @@ class TiedWeight:
             )
         return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *sources)
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that it is a view of."""
+        return [module.get_parameter(attribute) for module, attribute in self.sources]
+
     def left(self, name: str) -> list[str]:
         """The parameters that the module has in place of the weight `name`."""
         is_kept = any(piece.part < 0 for piece in self.layout.pieces)
@@ -233,9 +238,8 @@ class TiedWeight:
 
     def dense_parameter(self, owner: nn.Module, name: str) -> nn.Parameter:
         """The same as a parameter of its own, trained where the first source is."""
-        source, attribute = self.sources[0]
         value = self.dense(owner, name).detach().clone(memory_format=torch.contiguous_format)
-        return nn.Parameter(value, requires_grad=source.get_parameter(attribute).requires_grad)
+        return nn.Parameter(value, requires_grad=self.parameters[0].requires_grad)
 
     def _copied(self, owner: nn.Module, name: str) -> Tensor:
         """Read through a copy that holds the same ties, and tensors of its own in place of the parameters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -41,9 +41,16 @@ def outside_saved(sources: Sources, destination: Any) -> dict[str, Outside]:
 
     >>> outside_saved({"weight": [(nn.Linear(2, 2), "weight")]}, {})  # none is being made
     {}
+
+    Another module than the source may hold its parameter, after layers were exchanged: as good, as long as that stays.
     """
-    callers = [frame.f_locals["self"] for frame in _frames(nn.Module.state_dict) if frame.f_locals["destination"] is destination]
-    return _outside(sources, callers[-1:], by_module=False)  # each module calls itself on its children: the outermost is the whole
+    around = [frame.f_locals["self"] for frame in _frames(nn.Module.state_dict) if frame.f_locals["destination"] is destination]
+
+    def is_inside(source: nn.Module, name: str) -> bool:
+        parameter = source._parameters.get(name)
+        return any(parameter is each for module in around for each in module.parameters())  # as a rule, in one that is near
+
+    return {name: Outside(text) for name, text in _lacking(sources, around, is_inside)}
 
 
 def check_loaded(sources: Sources, assign: bool) -> None:
@@ -51,9 +58,14 @@ def check_loaded(sources: Sources, assign: bool) -> None:
 
     >>> check_loaded({"weight": [(nn.Linear(2, 2), "weight")]}, False)  # none runs
     """
-    roots = [frame.f_locals["self"] for frame in _frames(nn.Module.load_state_dict)]
-    for outside in _outside(sources, roots[:1], by_module=assign).values():
-        raise PeFxError(repr(outside).strip("<>"))
+    whole = [frame.f_locals["self"] for frame in _frames(nn.Module.load_state_dict)][:1]
+
+    def is_inside(source: nn.Module, name: str) -> bool:
+        wanted = source if assign else source._parameters.get(name)
+        return any(wanted is each for module in whole for each in (module.modules() if assign else module.parameters()))
+
+    for _, text in _lacking(sources, whole, is_inside):
+        raise PeFxError(text)
 
 
 def _frames(method: Any) -> Iterator[FrameType]:
@@ -65,17 +77,14 @@ def _frames(method: Any) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _outside(sources: Sources, roots: Sequence[nn.Module], by_module: bool) -> dict[str, Outside]:
-    """Another module than the source may hold its parameter, after layers were exchanged: as good, as long as that stays."""
-    found = {}
-    for root in roots:
-        held = {id(each) for each in (root.modules() if by_module else root.parameters())}
-        for name, read in sources.items():
-            for source, attribute in read:
-                if id(source if by_module else source._parameters.get(attribute)) not in held:
-                    found[name] = Outside(
-                        f"{name} is tied to the {attribute} of a {type(source).__name__}, which is no part of this {type(root).__name__}: "
-                        "its values are in no state_dict of it. Save and load the whole model; before layers are exchanged or taken out, "
-                        "pe_fx.untie(model)"
-                    )
-    return found
+def _lacking(sources: Sources, around: Sequence[nn.Module], is_inside: Callable[[nn.Module, str], bool]) -> Iterator[tuple[str, str]]:
+    """The tied weights of which a source is not inside the outermost of the modules, each with a sentence about it."""
+    for name, read in sources.items() if around else ():
+        for source, attribute in read:
+            if not is_inside(source, attribute):
+                yield (
+                    name,
+                    f"{name} is tied to the {attribute} of a {type(source).__name__}, which is no part of this "
+                    f"{type(around[-1]).__name__}: its values are in no state_dict of it. Save and load the whole model; before layers are "
+                    "exchanged or taken out, pe_fx.untie(model)",
+                )

@@ -17,11 +17,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shell import run
 from torch import nn
-from typer.testing import CliRunner, Result
 
 import pe_fx
-from pe_fx.cli.commands import app
 from pe_fx.cli.forms import KINDS
 from pe_fx.passes import DEFAULT_RULES
 
@@ -60,16 +59,8 @@ def slow():
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "net.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(*arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
-    assert result.exit_code == code, result.output
-    return result
+def folder(net_folder: Path) -> Path:
+    return net_folder
 
 
 def error(*arguments: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import json
 import os
 import re
@@ -16,13 +17,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import shell
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from typer.testing import CliRunner, Result
 
 import pe_fx
-from pe_fx.cli.commands import app
 from pe_fx.diff import Diff, diff_transform
 from pe_fx.diff.page import page
 from pe_fx.diff.picture import svg
@@ -70,16 +70,11 @@ class Net(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "net.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def folder(net_folder: Path) -> Path:
+    return net_folder
 
 
-def run(*arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output
-    return result
+run = functools.partial(shell.run, columns=200)
 
 
 def is_plain(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
@@ -11,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shell
 import torch
 from torch import nn
-from typer.testing import CliRunner, Result
 
 from pe_fx import PeFxError
-from pe_fx.cli.commands import app
 from pe_fx.cli.specs import load
 
 MARK = "code_ran"
@@ -52,8 +52,7 @@ def ran() -> bool:
     return Path(MARK).exists()
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
+run = functools.partial(shell.run, code=None)
 
 
 # ---- exported programs

@@ -1,0 +1,14 @@
+"""The command as a shell runs it."""
+
+from __future__ import annotations
+
+from typer.testing import CliRunner, Result
+
+from pe_fx.cli.commands import app
+
+
+def run(*arguments: str, code: int | None = 0, columns: int = 80) -> Result:
+    """What it prints; its exit code is `code`, or any (None)."""
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(columns)})
+    assert code is None or result.exit_code == code, result.output
+    return result
