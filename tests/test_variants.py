@@ -14,7 +14,7 @@ from oracle import Net, assert_equals_twin, assert_idempotent, blocks, linear, m
 from torch import nn
 
 import pe_fx
-from pe_fx.tied.weight import Mix
+from pe_fx.tied.assembly import Mix
 from pe_fx.ties import Block, Tie
 
 X = torch.randn(2, 3, 8)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from pe_fx.errors import PeFxError
-from pe_fx.tied.weight import Gain, Layout, Mix, Piece, View
+from pe_fx.tied.assembly import Gain, Layout, Mix, Piece, View
 from pe_fx.ties import Plan, Ranges, Tie, length, overlap
 
 

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from pe_fx.errors import PeFxError
 from pe_fx.graph.ops import base_name, is_in_place, may_alias, value_of, writes
 from pe_fx.graph.views import call
+from pe_fx.tied.assembly import View
 from pe_fx.tied.layouts import axis_of, by_target, compare_shapes, kept_ranges, layout_of
-from pe_fx.tied.weight import View
 from pe_fx.ties import Plan
 
 

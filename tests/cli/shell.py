@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from typer.testing import CliRunner, Result
 
 from pe_fx.cli.commands import app
@@ -12,3 +15,10 @@ def run(*arguments: str, code: int | None = 0, columns: int = 80) -> Result:
     result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(columns)})
     assert code is None or result.exit_code == code, result.output
     return result
+
+
+def enter(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, as working directory, with the source in net.py."""
+    (folder / "net.py").write_text(source)
+    monkeypatch.chdir(folder)
+    return folder

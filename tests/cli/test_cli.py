@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shell import run
+from shell import enter, run
 from torch import nn
 
 import pe_fx
@@ -59,8 +59,8 @@ def slow():
 
 
 @pytest.fixture(autouse=True)
-def folder(net_folder: Path) -> Path:
-    return net_folder
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return enter(tmp_path, SOURCE, monkeypatch)
 
 
 def error(*arguments: str) -> str:

@@ -70,8 +70,8 @@ class Net(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def folder(net_folder: Path) -> Path:
-    return net_folder
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return shell.enter(tmp_path, SOURCE, monkeypatch)
 
 
 run = functools.partial(shell.run, columns=200)

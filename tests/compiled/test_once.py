@@ -19,7 +19,7 @@ from pe_fx.compiled.dynamo import CustomGraphPass
 from pe_fx.compiled.lowering import once, single_read_cpu, single_read_gpu
 from pe_fx.compiled.lowering.nodes import new_node
 from pe_fx.compiled.lowering.single_read import OPERATION
-from pe_fx.tied.weight import Mix
+from pe_fx.tied.assembly import Mix
 
 X = torch.randn(1, 3, 64)
 

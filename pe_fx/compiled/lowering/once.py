@@ -13,7 +13,7 @@ from pe_fx.compiled.lowering import single_read_cpu, single_read_gpu
 from pe_fx.compiled.lowering.nodes import CAST, aten, new_node
 from pe_fx.compiled.lowering.single_read import OPERATION
 from pe_fx.compiled.lowering.unit import FLOATS, NoUnit, unit_between
-from pe_fx.tied.weight import Mix
+from pe_fx.tied.assembly import Mix
 
 log = logging.getLogger(__name__)
 

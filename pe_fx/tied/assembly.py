@@ -1,0 +1,164 @@
+"""How a dense weight is put together of views of others: as data, and as code."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from pe_fx.ties import Ranges, Shape
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Fixed signs for the channels along both matrix dimensions, and another order along one of them.
+
+    The `height` channels along `axis` are dealt like cards into `hands`, one hand laid behind the other; then the first half is
+    negated, as is the first half of the `width` channels along `across`.
+
+    >>> mix = Mix(axis=0, across=1, hands=2, height=4, width=2)
+    >>> mix(torch.tensor([[10, 11], [20, 21], [30, 31], [40, 41]])).tolist()
+    [[10, -11], [30, -31], [-20, 21], [-40, 41]]
+    >>> mix.inverse(mix(torch.eye(4, 2))).equal(torch.eye(4, 2))
+    True
+
+    Made of views and products, it keeps nothing in memory, its gradient scatters nothing, and Inductor makes one kernel of it, the
+    same for all weights of one shape with as many hands. A shard along `across`, as in tensor parallel, needs no other.
+    """
+
+    axis: int
+    across: int
+    hands: int
+    height: int
+    width: int
+
+    @classmethod
+    def drawn(cls, axis: int, across: int, shape: Shape, seed: int) -> Mix:
+        """The mix of a weight of this shape that the seed stands for, by arithmetic alone: the same everywhere and for ever.
+
+        >>> Mix.drawn(0, 1, (384, 1536), 2024)
+        Mix(axis=0, across=1, hands=16, height=384, width=1536)
+        """
+        size = shape[axis]
+        divisors = [hands for hands in range(2, size // 2 + 1) if size % hands == 0]
+        # the two that move channels farthest: more trained no better, and each is a kernel more to compile
+        middle = sorted(divisors, key=lambda hands: (max(hands, size // hands), hands))[:2] or [1]
+        return cls(axis, across, middle[seed % len(middle)], size, shape[across])
+
+    def __call__(self, part: Tensor) -> Tensor:
+        return self._signed(self._dealt(part, (-1, self.hands)))
+
+    def inverse(self, mixed: Tensor) -> Tensor:
+        return self._dealt(self._signed(mixed), (self.hands, -1))
+
+    def _dealt(self, part: Tensor, grid: tuple[int, int]) -> Tensor:
+        rows: Tensor = part.unflatten(self.axis, grid)  # type: ignore[no-untyped-call]
+        return rows.transpose(self.axis, self.axis + 1).flatten(self.axis, self.axis + 1)
+
+    def _signed(self, part: Tensor) -> Tensor:
+        for axis, size in ((self.axis, self.height), (self.across, self.width)):
+            signs = torch.cat([part.new_full((size // 2,), -1), part.new_full((size - size // 2,), 1)])
+            part = (part.transpose(axis, -1) * signs).transpose(axis, -1)
+        return part
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a stored tensor: `ranges` of each dimension (None: all of it), dimensions `swap` exchanged, `reshape`d and mixed.
+
+    Written with methods and `cat` alone, so that it runs on tensors and on torch.fx proxies.
+    """
+
+    ranges: tuple[Ranges | None, ...]
+    swap: tuple[int, int] | None = None
+    reshape: Shape | None = None
+    mix: Mix | None = None
+
+    def __call__(self, stored: Tensor) -> Tensor:
+        part = stored
+        for dim, ranges in enumerate(self.ranges):
+            if ranges is not None:
+                part = _joined([part.narrow(dim, start, stop - start) for start, stop in ranges], dim)
+        if self.swap is not None:
+            part = part.transpose(*self.swap)
+        if self.reshape is not None:
+            part = part.reshape(self.reshape)
+        return part if self.mix is None else self.mix(part)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions start to stop of a part (None: all of it); part -1 is what the module itself stores."""
+
+    part: int
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Which of a module's learned factors scale a part, one for each position along `axis`."""
+
+    axis: int
+    start: int
+    count: int
+    initial: float
+
+    def __call__(self, part: Tensor, factors: Tensor) -> Tensor:
+        return (part.transpose(self.axis, -1) * factors.narrow(0, self.start, self.count)).transpose(self.axis, -1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a dense weight is put together along `axis`. `gains` scale the parts, where any is scaled; `contiguous`: as a copy.
+
+    >>> layout = Layout(0, (Piece(0),), (View((((0, 2),), None), swap=(0, 1)),))
+    >>> layout.assemble(None, [torch.ones(4, 3)]).shape
+    torch.Size([3, 2])
+    """
+
+    axis: int
+    pieces: tuple[Piece, ...]
+    views: tuple[View, ...]
+    gains: tuple[Gain | None, ...] = ()
+    contiguous: bool = False
+
+    def assemble(self, own: Tensor | None, sources: Sequence[Tensor], factors: Tensor | None = None) -> Tensor:
+        parts = [view(source) for view, source in zip(self.views, sources, strict=True)]
+        if factors is not None:
+            parts = [part if gain is None else gain(part, factors) for part, gain in zip(parts, self.gains, strict=True)]
+        pieces = []
+        for piece in self.pieces:
+            part = own if piece.part < 0 else parts[piece.part]
+            assert part is not None
+            pieces.append(part if piece.stop is None else part.narrow(self.axis, piece.start, piece.stop - piece.start))
+        dense = _joined(pieces, self.axis)
+        return dense.contiguous() if self.contiguous else dense
+
+
+@functools.cache
+def written_out(layout: Layout) -> Callable[..., Tensor]:
+    """`layout.assemble` as straight-line code, a function of nothing, what a module stores, its factors, and each source.
+
+    >>> written_out(Layout(0, (Piece(0),), (View((None, None), swap=(0, 1)),)))(None, None, None, torch.ones(4, 3)).shape
+    torch.Size([3, 4])
+
+    Layouts that are equal have one function. Dynamo guards on that alone, and not on every number in the layout.
+    """
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    names = ("own", "factors", *(f"source{i}" for i in range(len(layout.views))))
+    own, factors, *sources = (cast(Tensor, fx.Proxy(graph.placeholder(name), tracer)) for name in names)
+    dense: Any = layout.assemble(own, sources, factors if any(layout.gains) else None)
+    graph.output(dense.node)
+    code = graph.python_code("self")
+    exec(code.src, code.globals)
+    return cast(Callable[..., Tensor], code.globals["forward"])
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
