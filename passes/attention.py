@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from pe_fx.graph.channels import arriving
 from pe_fx.graph.flow import Flow
 from pe_fx.graph.operation import Op, Weight, factors, product_labels
 from pe_fx.graph.ops import Kind
-from pe_fx.graph.tags import channels_along, channels_in, numbered, varying_axes
+from pe_fx.graph.tags import channels_along, channels_in, numbered, shrunk, varying_axes
+from pe_fx.graph.walks import reached
 from pe_fx.passes.pairs import common_module, misuse, tie
 from pe_fx.ties import Block, Miss, Site, Tie
 
 _APPLYING = {Kind.PROJECTION, Kind.CONV, Kind.MATMUL, Kind.OTHER}
 _ONE_VALUE = {Kind.VIEW, Kind.NONLINEAR, Kind.NORM}
+_ONWARDS = {Kind.VIEW, Kind.POINTWISE, Kind.PRODUCT, Kind.NONLINEAR, Kind.NORM}
 _SCORES = {Kind.VIEW, Kind.POINTWISE, Kind.PRODUCT, Kind.NONLINEAR, Kind.NORM}
 
 
@@ -36,7 +39,9 @@ class Attention:
     kind: str = "attention"
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
-        found = [(core, _roles(flow, core)) for core in _cores(flow)]
+        cores = list(_cores(flow))
+        mixes = {core.mix for core in cores}
+        found = [(core, _roles(flow, core, mixes)) for core in cores]
         uses: dict[Op, set[Use]] = {}
         for _, roles in found:
             for part, use in roles.uses:
@@ -45,7 +50,7 @@ class Attention:
         claimed = set(flow.claimed)  # by other rules: attentions may share keys and values
         made: set[Tie] = set()
         for core, roles in found:
-            names = () if roles.is_known else _makers(flow, core)
+            names = () if roles.is_known else _makers(flow, core, mixes)
             blocks = tuple(part.block for part in roles.parts)
             if (blocks or names) in seen:
                 continue
@@ -57,56 +62,118 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Operand:
+    """Queries, keys or values, as they enter a product, and the axis, counted from the right, along which their positions lie."""
+
+    value: Op
+    axis: int
+
+
+@dataclass(frozen=True)
 class Core:
     """Where attention happens: its operands, and the product that averages the values.
 
-    Without q, `k` is under the softmax by itself, and not in a product with queries.
+    Without q, `k` is under the softmax by itself, and not in a product with queries. `scores` is the product of queries and keys, and
+    `weights` what the values are multiplied with, where these are not in one operation with `mix`.
     """
 
-    q: Op | None
-    k: Op | None
-    v: Op | None
+    q: Operand | None
+    k: Operand | None
+    v: Operand | None
     mix: Op
+    scores: Op | None = None
+    weights: Op | None = None
+
+    @property
+    def operands(self) -> list[Operand]:
+        return [operand for operand in (self.q, self.k, self.v) if operand is not None]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A projection and the output channels of it that play one role."""
+    """A projection, the output channels of it that play one role, and the input channels with which it does.
+
+    `positions`: those of all positions that hold its values, None for all.
+    """
 
     op: Op
     weight: Weight
     channels: Sequence[int]
+    positions: frozenset[int] | None = None
+    columns: range | None = None
 
     @functools.cached_property
     def block(self) -> Block:
-        return self.weight.of_channels(self.channels)
+        block = self.weight.of_channels(self.channels)
+        return block if self.columns is None else block.narrowed(self.weight.in_dim, self.columns)
 
     @property
     def matrix(self) -> tuple[int, int]:
-        return len(self.channels), self.weight.inputs
+        return len(self.channels), self.weight.inputs if self.columns is None else len(self.columns)
+
+    def meets(self, other: Part) -> bool:
+        """Whether both have values at the same positions."""
+        return self.positions is None or other.positions is None or not self.positions.isdisjoint(other.positions)
+
+
+@dataclass(frozen=True)
+class Half:
+    """What may be tied to what: values to keys, or output projections to queries; several where streams are joined or values added."""
+
+    sources: tuple[Part, ...]
+    targets: tuple[Part, ...]
+    whose: str
+    what: str
+
+    @functools.cached_property
+    def fitting(self) -> list[tuple[Part, Part]]:
+        couples = [(source, target) for source in self.sources for target in self.targets]
+        if len(couples) == 1:  # should it not fit, that is said
+            return couples
+        return [(source, target) for source, target in couples if source.matrix == target.matrix[::-1] and source.meets(target)]
+
+    @functools.cached_property
+    def couples(self) -> list[tuple[Part, Part]]:
+        """Of those that fit, the ones of which neither fits another as well."""
+        counts = Counter(part for couple in self.fitting for part in couple)
+        return [couple for couple in self.fitting if counts[couple[0]] == counts[couple[1]] == 1]
+
+    @property
+    def contested(self) -> list[Part]:
+        settled = [part for couple in self.couples for part in couple]
+        return [part for part in dict.fromkeys(part for couple in self.fitting for part in couple) if part not in settled]
 
 
 @dataclass(frozen=True)
 class Roles:
-    q: Part | None
-    k: Part | None
-    v: Part | None
-    proj: Part | None
+    """The projections behind one attention. Those that modulate what others make are among them."""
+
+    q: tuple[Part, ...] = ()
+    k: tuple[Part, ...] = ()
+    v: tuple[Part, ...] = ()
+    proj: tuple[Part, ...] = ()
 
     @property
     def is_known(self) -> bool:
-        return self.q is not None or self.k is not None
+        return bool(self.q or self.k)
 
     @property
-    def parts(self) -> list[Part]:
-        return [part for part in (self.q, self.k, self.v, self.proj) if part is not None]
+    def parts(self) -> tuple[Part, ...]:
+        return self.q + self.k + self.v + self.proj
+
+    @functools.cached_property
+    def halves(self) -> tuple[Half, Half]:
+        return Half(self.k, self.v, "keys", "values"), Half(self.q, self.proj, "queries", "the output projection")
 
     @functools.cached_property
     def uses(self) -> list[tuple[Part, Use]]:
         """What each part is used for: its role, its block, and for values and output projections the weight that they can be tied to."""
-        k, q = ("" if part is None else part.weight.name for part in (self.k, self.q))
-        found = [(self.q, "queries", ""), (self.k, "keys", ""), (self.v, "values", k), (self.proj, "output", q)]
-        return [(part, (role, part.block, partner)) for part, role, partner in found if part is not None]
+        found: list[tuple[Part, Use]] = []
+        for half in self.halves:
+            partners = {target: source.weight.name for source, target in half.couples}
+            found += [(part, (half.whose, part.block, "")) for part in half.sources]
+            found += [(part, (half.what, part.block, partners.get(part, ""))) for part in half.targets]
+        return found
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -116,26 +183,30 @@ class Roles:
 def _cores(flow: Flow) -> Iterator[Core]:
     for op in flow.ops:
         if op.kind is Kind.ATTEND:
-            yield Core(op.operands[0], op.operands[1], op.operands[2], op)
+            q, k, v = (None if value is None else Operand(value, -2) for value in op.operands[:3])
+            yield Core(q, k, v, op)
         elif op.kind is Kind.SOFTMAX:
             averaged = _value_product(flow, op)
             if averaged is not None:
-                q, k = _score_product(flow, op, *averaged) or (None, op)
-                yield Core(q, k, v=averaged[1], mix=averaged[2])
+                weights, v, mix = averaged
+                q, k, scores = _score_product(flow, op, *averaged) or (None, Operand(op, -1), None)
+                yield Core(q, k, v, mix, scores, weights)
 
 
-def _value_product(flow: Flow, softmax: Op) -> tuple[Op, Op, Op] | None:
+def _value_product(flow: Flow, softmax: Op) -> tuple[Op, Operand, Op] | None:
     """The attention map as it meets the values, the values, and their product."""
     for product in flow.forward(softmax, _SCORES, lambda op: op.kind is Kind.MATMUL, _mixes_heads):
         pair = factors(product)
-        for weights, values in (pair, pair[::-1]):
+        labels = product_labels(product)
+        for own, (weights, values) in ((1, pair), (0, pair[::-1])):
             if weights is not None and values is not None and values is not softmax and not flow.reaches(softmax, values):
-                return weights, values, product
+                summed = [] if labels is None else [axis for axis, label in enumerate(labels[own]) if label not in labels[2]]
+                return weights, Operand(values, summed[-1] - len(values.shape) if summed else -2), product
     return None
 
 
-def _score_product(flow: Flow, softmax: Op, weights: Op, values: Op, mix: Op) -> tuple[Op, Op] | None:
-    """q and k: the factors of the product under the softmax. The keys lie along the axis over which the values are averaged."""
+def _score_product(flow: Flow, softmax: Op, weights: Op, values: Operand, mix: Op) -> tuple[Operand, Operand, Op] | None:
+    """q and k, and the product of them under the softmax. The keys lie along the axis over which the values are averaged."""
     labels = product_labels(mix)
     names = labels[0 if factors(mix)[0] is weights else 1] if labels is not None else ""
     averaged = [axis for axis, label in enumerate(names) if labels is not None and label not in labels[2]]
@@ -147,7 +218,9 @@ def _score_product(flow: Flow, softmax: Op, weights: Op, values: Op, mix: Op) ->
         for mine, other, k, q in ((terms[1], terms[0], second, first), (terms[0], terms[1], first, second)):
             own = [axis for axis, label in enumerate(terms[2]) if label in mine and label not in other]
             if own and _axis_at(flow, product, own[-1], weights) == averaged[0]:
-                return q, k
+                asking = [axis - len(other) for axis, label in enumerate(other) if label in terms[2] and label not in mine]
+                key = mine.index(terms[2][own[-1]]) - len(mine)
+                return Operand(q, asking[-1] if asking else -2), Operand(k, key), product
     return None
 
 
@@ -162,22 +235,37 @@ def _axis_at(flow: Flow, product: Op, axis: int, value: Op) -> int | None:
     """Where an axis of the product lies in a value made from it."""
     size = product.shape[axis]
     state = flow.trace(product, value, tags=numbered(product.shape, axis), loosely=True)[value]
-    axes = varying_axes(state.tags) if isinstance(state.tags, torch.Tensor) else ()
+    axes = varying_axes(state.tags) if isinstance(state.tags, Tensor) else ()
     return axes[0] if len(axes) == 1 else (axis if size == 1 else None)
 
 
-def _roles(flow: Flow, core: Core) -> Roles:
-    q, k, v = (_part(flow, value) for value in (core.q, core.k, core.v))
-    return Roles(None, None, None, None) if core.q is None or (q is None and k is None) else Roles(q, k, v, _output(flow, core, v))
+def _query_axis(flow: Flow, core: Core) -> int | None:
+    """Where the queries lie in the averaged values."""
+    if core.scores is None or core.weights is None or core.q is None:
+        return -2 if core.mix.kind is Kind.ATTEND else None
+    terms, labels = product_labels(core.scores), product_labels(core.mix)
+    assert terms is not None
+    assert labels is not None
+    names = terms[0 if factors(core.scores)[0] is core.q.value else 1]
+    at = _axis_at(flow, core.scores, terms[2].index(names[core.q.axis]), core.weights) if names[core.q.axis] in terms[2] else None
+    label = None if at is None else labels[0 if factors(core.mix)[0] is core.weights else 1][at]
+    return labels[2].index(label) if label is not None and label in labels[2] else None
 
 
-def _makers(flow: Flow, core: Core) -> tuple[str, ...]:
+def _roles(flow: Flow, core: Core, mixes: set[Op]) -> Roles:
+    if core.q is None:
+        return Roles()
+    q, k, v = (_parts(flow, operand, mixes) for operand in (core.q, core.k, core.v))
+    return Roles(q, k, v, _outputs(flow, core, q, v)) if q or k else Roles()
+
+
+def _makers(flow: Flow, core: Core, mixes: set[Op]) -> tuple[str, ...]:
     """The weights behind an attention whose queries and keys are no matrix times a value; none where it is no near miss."""
     if core.q is None:
-        k, v = _part(flow, core.k), _part(flow, core.v)
-        fits = k is not None and v is not None and k.matrix == v.matrix[::-1] and not k.block.overlaps(v.block)
-        return Roles(None, k, v, None).names if fits else ()
-    values = [value for value in (core.q, core.k, core.v) if value is not None]
+        k, v = _parts(flow, core.k, mixes), _parts(flow, core.v, mixes)
+        fits = len(k) == len(v) == 1 and k[0].matrix == v[0].matrix[::-1] and not k[0].block.overlaps(v[0].block)
+        return Roles(k=k, v=v).names if fits else ()
+    values = [operand.value for operand in core.operands]
     makers = [op for value in values for op in ([value] if _applies(value) else flow.backward(value, _ONE_VALUE, _applies, _adds_constant))]
     return tuple(dict.fromkeys(name for op in makers for name in ([op.weight.name] if op.weight is not None else op.parameters)))
 
@@ -196,65 +284,170 @@ def _unknown(core: Core, names: tuple[str, ...]) -> str:
     return f"neither the queries nor the keys of {core.mix.node.name} are made by one matrix alone: {', '.join(names)}"
 
 
-def _part(flow: Flow, value: Op | None) -> Part | None:
-    """The projection that makes a value, and which of its channels are in it."""
-    source = flow.feeder(value) if value is not None else None
-    if value is None or source is None or not source.is_projection or source.weight is None or not source.weight.is_matrix:
-        return None
-    channels = channels_in(flow.trace(source, value)[value].tags)
-    return None if channels is None else Part(source, source.weight, channels)
+def _parts(flow: Flow, operand: Operand | None, mixes: set[Op]) -> tuple[Part, ...]:
+    """The projections that make a value, alone or side by side, and which of their channels are in it."""
+    if operand is None:
+        return ()
+    source = flow.feeder(operand.value)
+    alone = _part(flow, source, operand) if source is not None else None
+    if alone is not None:
+        return (dataclasses.replace(alone, positions=None),)
+    makers = [op for op in flow.makers(operand.value) if op.is_projection and _serves_attention_only(flow, op, mixes)]
+    return tuple(part for op in makers if (part := _part(flow, op, operand)) is not None)
 
 
-def _output(flow: Flow, core: Core, v: Part | None) -> Part | None:
-    """The next projection after the averaged values, if it works on their channels."""
-    if v is None:
+def _part(flow: Flow, source: Op, operand: Operand) -> Part | None:
+    if not source.is_projection or source.weight is None or not source.weight.is_matrix:
         return None
+    tags = flow.trace(source, operand.value)[operand.value].tags
+    channels = channels_in(tags)
+    if channels is None:
+        return None
+    if operand.axis % tags.dim() in varying_axes(tags):  # a matrix along the positions, unless none is behind it
+        behind = [op for op in flow.makers(source.inputs[0]) if op.is_projection] if source.inputs else []
+        found = [part for op in behind if (part := _before_positions_are_mixed(flow, op, operand)) is not None]
+        if len(found) == 1:
+            return found[0]
+    return Part(source, source.weight, channels, _positions_in(tags, operand.axis))
+
+
+def _before_positions_are_mixed(flow: Flow, source: Op, operand: Operand) -> Part | None:
+    if source.weight is None or not source.weight.is_matrix:
+        return None
+    tags = flow.trace(source, operand.value, loosely=True)[operand.value].tags
+    channels = channels_in(tags)
+    if channels is None or operand.axis % tags.dim() in varying_axes(tags):
+        return None
+    return Part(source, source.weight, channels)
+
+
+def _positions_in(tags: Tensor, axis: int) -> frozenset[int] | None:
+    """Where along an axis a value holds channels of its origin; None for everywhere."""
+    small = shrunk(tags, keep=axis % tags.dim()).movedim(axis, 0).flatten(1).amax(1)
+    return None if bool((small > 0).all()) else frozenset(small.nonzero().flatten().tolist())
+
+
+def _serves_attention_only(flow: Flow, source: Op, mixes: set[Op]) -> bool:
+    """Whether no weight is applied to what an operation makes but on the ways into attention: a residual stream is no query."""
+    ways = reached(source, lambda op: () if op in mixes else flow.users[op])
+    return all(op is source or op.weight is None or op.is_depthwise or not mixes.isdisjoint(flow.inevitable(op)) for op in ways)
+
+
+def _outputs(flow: Flow, core: Core, q: tuple[Part, ...], v: tuple[Part, ...]) -> tuple[Part, ...]:
+    """The next projections after the averaged values that work on their channels; several where streams part."""
+    if core.v is None:
+        return ()
+    found = _next_projection(flow, core)
+    if found is not None:
+        part = _output(flow, core, v, found)
+        if part is not None and len(q) > 1:
+            part = dataclasses.replace(part, positions=_queries_at(flow, core, found))
+        return () if part is None else (part,)
+    if len(q) < 2:
+        return ()
+    ends = list(flow.forward(core.mix, _ONWARDS, lambda op: op.kind not in _ONWARDS))
+    where = {end: _queries_at(flow, core, end) for end in ends}
+    parts = []
+    for end in ends:
+        positions = where[end]
+        others = [where[other] for other in ends if other is not end]
+        if positions is None or any(other is None or not positions.isdisjoint(other) for other in others) or not end.is_projection:
+            continue
+        part = _output(flow, core, v, end)
+        if part is not None:
+            parts.append(dataclasses.replace(part, positions=positions))
+    return tuple(parts)
+
+
+def _next_projection(flow: Flow, core: Core) -> Op | None:
+    """The first one that everything from the averaged values goes through, before they are added to what attention read."""
     for op in flow.inevitable(core.mix):
         if op.kind in (Kind.REDUCE, Kind.POOL):
             return None
-        if not op.is_projection:
-            continue
-        if op.weight is None or not op.weight.is_matrix:
-            return None
-        end = arriving(flow.trace(v.op, op, carriers=(core.mix,)), op)
-        arrived = channels_along(end.tags, op.in_axis) if end.tags is not None else None
-        if arrived is None:
-            return None
-        return Part(op, op.weight, range(op.weight.outputs))
+        if op.is_projection:
+            return op
+        if op.kind is Kind.POINTWISE and len(op.inputs) > 1:
+            inside = {core.mix, *flow.between(core.mix, op)}
+            added = [source for source in op.inputs if source not in inside and source.shape == op.shape]
+            if any(flow.reaches(source, core.mix) for source in added):
+                return None
     return None
+
+
+def _output(flow: Flow, core: Core, v: tuple[Part, ...], op: Op) -> Part | None:
+    """The projection, if the values' channels arrive at it, and at which of its input channels."""
+    if core.v is None or op.weight is None or not op.weight.is_matrix:
+        return None
+    value = core.v.value
+    for tags in [flow.trace(part.op, value, loosely=True)[value].tags for part in v] or [_own_channels(core)]:
+        end = arriving(flow.trace(value, op, tags=tags, carriers=(core.mix,)), op)
+        if not isinstance(end.tags, Tensor):
+            continue
+        if channels_along(end.tags, op.in_axis) is not None:
+            return Part(op, op.weight, range(op.weight.outputs))
+    return None
+
+
+def _own_channels(core: Core) -> Tensor | None:
+    """The channels of values that no matrix made."""
+    assert core.v is not None
+    labels = product_labels(core.mix)
+    if labels is None:
+        return None
+    names = labels[0 if factors(core.mix)[0] is core.v.value else 1]
+    others = labels[1 if factors(core.mix)[0] is core.v.value else 0]
+    own = [axis for axis, label in enumerate(names) if label in labels[2] and label not in others]
+    return numbered(core.v.value.shape, own[-1]) if own else None
+
+
+def _queries_at(flow: Flow, core: Core, end: Op) -> frozenset[int] | None:
+    """The positions of the queries that an operation reads the averaged values of; None where that cannot be told."""
+    axis = _query_axis(flow, core)
+    if axis is None:
+        return None
+    states = flow.trace(core.mix, end, tags=numbered(core.mix.shape, axis))
+    held = [channels_in(states[source].tags) for source in end.inputs if source in states]
+    return None if not held or any(one is None for one in held) else frozenset(index for one in held for index in one or ())
 
 
 def _averages_channels(flow: Flow, core: Core, v: Part) -> bool:
     """Whether the average goes over the values' own channels, as in cross-covariance attention."""
-    labels = product_labels(core.mix)
-    for value, names in zip(factors(core.mix), labels[:2] if labels is not None else (), strict=False):
-        if value is core.v and value is not None and labels is not None:
-            return any(names[axis] not in labels[2] for axis in varying_axes(flow.trace(v.op, value)[value].tags))
-    return False
+    if core.v is None:
+        return False
+    tags = flow.trace(v.op, core.v.value, loosely=True)[core.v.value].tags
+    return isinstance(tags, Tensor) and core.v.axis % tags.dim() in varying_axes(tags)
 
 
 def _tie(flow: Flow, kind: str, core: Core, roles: Roles, uses: dict[Op, set[Use]], made: set[Tie]) -> Iterator[Site | Miss]:
     ties: list[Tie] = []
     misses: list[Miss] = []
-    halves = [(roles.k, roles.v, "values", "keys"), (roles.q, roles.proj, "the output projection", "queries")]
-    for source, target, what, whose in halves:
-        reason: str | None
-        if source is None:
-            reason = f"the {whose} of {core.mix.node.name} are not made by one weight alone"
-        elif target is None:
-            crossed = source is roles.q and roles.v is not None and _averages_channels(flow, core, roles.v)
+    refused: set[Part] = set()
+
+    def miss(parts: Sequence[Part], reason: str) -> None:
+        weights = tuple(dict.fromkeys(part.weight.name for part in parts)) or roles.names
+        misses.append(Miss(kind, common_module(weights), weights, reason))
+        refused.update(parts)
+
+    for half in roles.halves:
+        if not half.sources:
+            miss(half.targets, f"the {half.whose} of {core.mix.node.name} are not made by one weight alone")
+        elif not half.targets:
+            crossed = half.sources == roles.q and any(_averages_channels(flow, core, part) for part in roles.v)
             why = f"{core.mix.node.name} averages over channels, not over positions" if crossed else "no projection of their own was found"
-            reason = f"{what} cannot use the weight of the {whose}, {source.block}: {why}"
-        else:
-            reason = _half_obstacle(flow, roles, source, target, uses)
-        if reason is not None:
-            weights = tuple(dict.fromkeys(part.weight.name for part in (source, target) if part is not None)) or roles.names
-            misses.append(Miss(kind, common_module(weights), weights, reason))
-            if target is roles.proj:  # it may yet be the end of a pattern around this one
-                roles = dataclasses.replace(roles, proj=None)
-        elif source is not None and target is not None:
-            ties.append(tie(source.weight, target.weight, source.block, target.block))
-    flow.carriers.update({core.mix, *(part.op for part in roles.parts)})
+            for source in half.sources:
+                miss([source], f"{half.what} cannot use the weight of the {half.whose}, {source.block}: {why}")
+        elif not half.fitting:
+            miss((*half.sources, *half.targets), _shapes(half.sources[0], half.targets[0]))
+        elif half.contested:
+            blocks = ", ".join(str(part.block) for part in half.contested)
+            miss(half.contested, f"which of {half.what} could use which weight of the {half.whose} cannot be told: {blocks}")
+        for source, target in half.couples:
+            if (reason := _half_obstacle(flow, roles, source, target, uses)) is not None:
+                miss([source, target], reason)
+            else:
+                ties.append(tie(source.weight, target.weight, source.block, target.block))
+    steps = [part.op for part in roles.parts if part not in refused or part not in roles.proj]  # a refused one may yet end a pattern around
+    flow.carriers.update({core.mix, *steps})
     flow.carriers.update(op for part in roles.parts[:1] for op in flow.between(part.op, core.mix) if _mixes_heads(op))
     ties = [tie for tie in ties if tie not in made]  # another attention may use the same keys and values
     made.update(ties)
@@ -263,9 +456,13 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles, uses: dict[Op, set[Use
     yield from misses
 
 
+def _shapes(source: Part, target: Part) -> str:
+    return f"{target.block} is {target.matrix}, {source.block} is {source.matrix}: not transposes of each other"
+
+
 def _half_obstacle(flow: Flow, roles: Roles, source: Part, target: Part, uses: dict[Op, set[Use]]) -> str | None:
     if source.matrix != target.matrix[::-1]:
-        return f"{target.block} is {target.matrix}, {source.block} is {source.matrix}: not transposes of each other"
+        return _shapes(source, target)
     if any(target.block.overlaps(part.block) for part in roles.parts if part is not target):
         return f"{target.block} serves two roles in one attention"
     for part in (source, target):

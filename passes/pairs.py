@@ -16,6 +16,7 @@ from pe_fx.graph.tags import channels_along, channels_in, lies_along, remembered
 from pe_fx.ties import Block, Miss, Site, Tie
 
 _HARMLESS = {Kind.VIEW, Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.NORM, Kind.POOL, Kind.CONV, Kind.SOFTMAX, Kind.REDUCE}
+_PRODUCTS = {Kind.MATMUL, Kind.ATTEND}
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,38 @@ def entry_pairs(flow: Flow) -> Iterator[Pair]:
 
 
 def following(flow: Flow, first: Op) -> Iterator[Op]:
-    """The next matrix weight that everything from `first` must go through; past sites already found, and such as are not tied."""
-    for op in flow.enclosed(first):
+    """The next matrix weight that everything from `first` must go through; past sites already found, and such as are not tied.
+
+    What joins in from elsewhere modulates, unless another matrix that fits made it.
+    """
+    for op in flow.inevitable(first):
         if op.is_projection and _may_end(flow, op):
-            if _is_matrix(op):
+            if _is_matrix(op) and (flow.dominates(first, op) or (_is_modulated(flow, first, op) and not rivals(flow, first, op))):
                 yield op
             if op not in flow.carriers:
                 return
+
+
+def rivals(flow: Flow, start: Op, second: Op) -> list[Op]:
+    """The matrices that could be the partner of `second` as well: what they make joins in on the way from `start`."""
+    makers = dict.fromkeys(op for value, _ in flow.joining(start, second) for op in flow.makers(value))
+    return [op for op in makers if could_make(op, second)]
+
+
+def could_make(op: Op, second: Op) -> bool:
+    """Whether an operation applies a matrix of which all or some rows are, by shape, the transpose of that of `second`."""
+    first = op.weight if op.is_projection else None
+    other = second.weight
+    if first is None or other is None or not first.is_matrix:
+        return False
+    return first.name != other.name and first.inputs == other.outputs and first.outputs >= other.inputs
+
+
+def _is_modulated(flow: Flow, first: Op, second: Op) -> bool:
+    """Whether the channels of `first` reach the weight of `second`, which fits, past nothing but values that join in entry by entry."""
+    if not Pair(first, second, ()).is_transposed or any(op.kind in _PRODUCTS for _, op in flow.joining(first, second)):
+        return False
+    return arriving(flow.trace(first, second), second).tags is not None
 
 
 def match_pairs(flow: Flow, kind: str, accept: Callable[[Pair], bool]) -> Iterator[Site | Miss]:
@@ -188,30 +214,44 @@ def common_module(names: tuple[str, ...]) -> str:
 
 def near_misses(flow: Flow) -> Iterator[Miss]:
     """What looks like a pair but is none, where at least one of the weights is in no site."""
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     for first in flow.ops:
         if first.weight is None:
             continue
         candidates = [(pair, reason) for pair, closed in _candidates(flow, first) if (reason := _near_reason(flow, pair, closed))]
         for pair, reason in candidates:
-            if pair.names not in seen:
-                seen.add(pair.names)
+            names = _contenders(flow, pair) + pair.names[1:]
+            if names not in seen:
+                seen.add(names)
                 kernels = all(weight.is_convolution for weight in pair.weights) and not (_is_matrix(pair.first) and _is_matrix(pair.second))
                 kind = "bottleneck" if pair.is_bottleneck or kernels else "mlp"
-                yield Miss(kind, common_module(pair.names), pair.names, reason)
+                yield Miss(kind, common_module(names), names, reason)
 
 
 def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
-    """The next weights after `first`, and whether all of it goes there and nothing else."""
-    for op in flow.enclosed(first):
-        if op.weight is not None and not op.is_depthwise:
+    """The next weights after `first`, and whether all of it goes there.
+
+    Those beside which something joins in from elsewhere only where the shapes fit, and the channels arrive and were activated.
+    """
+    is_free = _is_matrix(first) and not _is_claimed(flow, first)
+
+    def is_near(op: Op) -> bool:
+        if flow.dominates(first, op):
+            return True
+        is_candidate = is_free and op.is_projection and _is_modulated(flow, first, op)
+        return is_candidate and arriving(flow.trace(first, op), op).activations > 0
+
+    seen: set[Op] = set()
+    for op in flow.inevitable(first):
+        if op.weight is not None and not op.is_depthwise and is_near(op):
+            seen.add(op)
             yield Pair(first, op, flow.between(first, op)), True
         if op.is_projection:
-            return
-    if not _is_matrix(first) or _is_claimed(flow, first):
+            break
+    if not is_free or any(op.is_projection for op in seen):
         return
-    for op in flow.forward(first, _HARMLESS, lambda op: op.is_projection or not flow.dominates(first, op)):
-        if op.is_projection and op.weight is not None and flow.dominates(first, op):
+    for op in flow.forward(first, _HARMLESS, lambda op: op.is_projection):
+        if op.weight is not None and op not in seen and is_near(op):
             pair = Pair(first, op, ())
             yield dataclasses.replace(pair, region=flow.between(first, op)) if pair.is_transposed else pair, False
 
@@ -232,9 +272,17 @@ def _near_reason(flow: Flow, pair: Pair, closed: bool) -> str | None:
     if not pair.is_transposed:
         shapes = f"{second.name} is {second.block.shape}, {first.name} is {first.block.shape}"
         return f"{shapes}: not transposes of each other" if closed and _would_fit_otherwise(flow, pair) else None
+    if len(contenders := _contenders(flow, pair)) > 1:
+        return f"{second.name} could use the weight of any of {', '.join(contenders)}: what they make is joined before it"
     if closed:
         return _group_obstacle(flow, [pair])
     return f"the value between {first.name} and {second.name} is read elsewhere too: {leak(flow, pair.first, pair.second)}"
+
+
+def _contenders(flow: Flow, pair: Pair) -> tuple[str, ...]:
+    """The weights that could be the partner of the second one, in order: the first, and what makes values that join in."""
+    ops = sorted([pair.first, *rivals(flow, pair.first, pair.second)], key=lambda op: op.index)
+    return tuple(dict.fromkeys(op.weight.name for op in ops if op.weight is not None))
 
 
 def _kernel_reason(pair: Pair) -> str | None:

@@ -150,15 +150,13 @@ def _elementwise(op: Op, states: dict[Op, Channels], activations: int, mixed: bo
         return Channels(best, activations + 1, mixed, blended=blended)
     product = op.kind is Kind.PRODUCT
     multiplied = op.operands[1:] if op.name in ("addcmul", "addcdiv") else op.operands  # the first is a summand there
-    harmful = [source for source in others if not _constant_along(source.shape, best)] if others else []
+    harmful = [source for source in others if source in states and not _constant_along(source.shape, best)]  # others modulate
     added = [source for source in harmful if not product or source not in multiplied]
     if added and not loosely:
-        why = next((states[source].lost for source in added if source in states), "")
-        return Channels(None, lost=why or f"{op.name} with a value from elsewhere")
+        return Channels(None, lost=states[added[0]].lost)
     if product:
         factors_ = sum(source in tagged and not _constant_along(tuple(tagged[source][0].shape), best) for source in multiplied if source)
-        inside = any(source in states for source in harmful)
-        return Channels(best, activations + (factors_ > 1 or inside), mixed, blended=blended)
+        return Channels(best, activations + (factors_ > 1 or bool(harmful)), mixed, blended=blended)
     return Channels(best, activations, kept.mixed and mixed, blended=blended)
 
 

@@ -25,6 +25,8 @@ from pe_fx.ties import Block, Site, Tie
 
 Test = Callable[[Op], bool]
 
+_HAVE_WEIGHTS = (Kind.PROJECTION, Kind.CONV, Kind.LOOKUP)
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -168,8 +170,7 @@ class Flow:
         self._intervals = nested(self._idom, entry)
         self._feeders: dict[int, Op | None] = {entry: None}
         for op in self.ops:
-            own = op.kind in (Kind.PROJECTION, Kind.LOOKUP) or (op.kind is Kind.CONV and not op.is_depthwise)
-            self._feeders[op.index] = op if own else self._feeders[self._idom[op.index]]
+            self._feeders[op.index] = op if _has_weight(op) else self._feeders[self._idom[op.index]]
 
     # ---- structure
 
@@ -188,12 +189,22 @@ class Flow:
             yield self.ops[index]
             index = self._ipdom[index]
 
-    def enclosed(self, op: Op) -> Iterator[Op]:
-        """As `inevitable`, as long as nothing enters from elsewhere."""
-        for after in self.inevitable(op):
-            if not self.dominates(op, after):
-                return
-            yield after
+    def makers(self, value: Op) -> list[Op]:
+        """The nearest operations with a weight on the ways back from a value, itself where it has one; past no product of two values.
+
+        One of them made the channels that it holds, the others what these were modulated by.
+        """
+        ends = (*_HAVE_WEIGHTS, Kind.MATMUL, Kind.ATTEND)
+        back = reached(value, lambda op: () if op.kind in ends and not op.is_depthwise else op.inputs)
+        return sorted(filter(_has_weight, back), key=attrgetter("index"))
+
+    def joining(self, start: Op, end: Op) -> Iterator[tuple[Op, Op]]:
+        """The values from elsewhere that join in on the ways from `start` to `end`, each with the operation where it does."""
+        if self.dominates(start, end):
+            return
+        inside = {start, *self.between(start, end)}
+        for op in (*self.between(start, end), end):
+            yield from ((source, op) for source in op.inputs if source not in inside)
 
     def between(self, start: Op, end: Op) -> tuple[Op, ...]:
         """The operations on the ways from `start` to `end`, both left out, in order."""
@@ -231,7 +242,7 @@ class Flow:
         """Follows the output channels of `start` through every operation up to and with `end`; maps each to what it then holds.
 
         Views are understood by running them on the tags. `carriers` are matrix products through which the second factor's
-        channels pass (attention's weighted mean of values). `loosely`: sums with values from elsewhere and
+        channels pass (attention's weighted mean of values). `loosely`: sums with what was lost and
         weights over other axes are followed too.
         """
         if tags is None and not carriers and not loosely:
@@ -243,6 +254,10 @@ class Flow:
             if op not in states:
                 states[op] = transfer(op, states, passing, loosely)
         return states
+
+
+def _has_weight(op: Op) -> bool:
+    return op.kind in _HAVE_WEIGHTS and not op.is_depthwise
 
 
 def taken_by(site: Site) -> str:
