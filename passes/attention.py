@@ -362,15 +362,10 @@ def _outputs(flow: Flow, core: Core, q: tuple[Part, ...], v: tuple[Part, ...]) -
 def _next_projection(flow: Flow, core: Core) -> Op | None:
     """The first one that everything from the averaged values goes through, before they are added to what attention read."""
     for op in flow.inevitable(core.mix):
-        if op.kind in (Kind.REDUCE, Kind.POOL):
-            return None
         if op.is_projection:
             return op
-        if op.kind is Kind.POINTWISE and len(op.inputs) > 1:
-            inside = {core.mix, *flow.between(core.mix, op)}
-            added = [source for source in op.inputs if source not in inside and source.shape == op.shape]
-            if any(flow.reaches(source, core.mix) for source in added):
-                return None
+        if op.kind in (Kind.REDUCE, Kind.POOL) or flow.adds_to_stream(core.mix, op):
+            return None
     return None
 
 

@@ -11,7 +11,7 @@ from pe_fx.graph.flow import Flow, source_along
 from pe_fx.graph.operation import Op, Weight
 from pe_fx.graph.ops import Kind
 from pe_fx.graph.tags import channels_along, channels_in
-from pe_fx.passes.pairs import common_module, leak, misuse, tie
+from pe_fx.passes.pairs import common_module, could_make, leak, misuse, rivals, tie
 from pe_fx.ties import Block, Miss, Site
 
 _ELEMENTWISE = {Kind.POINTWISE, Kind.NONLINEAR}
@@ -102,7 +102,7 @@ def _unit(flow: Flow, last: Op) -> _Unit | None:
     product = _product_before(flow, last)
     if product is None or len(product.inputs) != 2:
         return None
-    feeders = [source for factor in product.inputs if (source := flow.feeder(factor)) is not None]
+    feeders = [source for factor in product.inputs if (source := _feeder(flow, factor, last)) is not None]
     if len(feeders) != 2:
         return None
     early, late = sorted(feeders, key=lambda op: op.index)
@@ -120,15 +120,27 @@ def _unit(flow: Flow, last: Op) -> _Unit | None:
     return _Unit(first, second, product, last, last.weight, across)
 
 
+def _feeder(flow: Flow, factor: Op, last: Op) -> Op | None:
+    """What makes a factor: the weight that all ways lead through, or else the only one that fits `last`."""
+    feeder = flow.feeder(factor)
+    if feeder is not None and channels_in(flow.trace(feeder, factor)[factor].tags) is not None:
+        return feeder
+    fitting = [op for op in flow.makers(factor) if could_make(op, last)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
 def _product_before(flow: Flow, last: Op) -> Op | None:
-    """The first product on the way to `last`, past what shifts or scales it by numbers of its own, as a norm written out does."""
+    """The first product on the way to `last`, past what shifts or scales it by numbers of its own, as a norm written out does.
+
+    Past an activation that is written out, as in h * sigmoid(h), too.
+    """
     found: Op | None = None
     op = last.inputs[0] if last.inputs else None
     while op is not None and (op.kind in _BEFORE_DOWN | {Kind.PRODUCT} or op.is_depthwise):
-        if op.kind is Kind.PRODUCT and flow.dominates(op, last):
+        if op.kind is Kind.PRODUCT:
             found = op
         wide = [source for source in op.inputs if len(op.inputs) == 1 or _size(source, last.in_axis) == _size(op, last.in_axis)]
-        op = wide[0] if len(wide) == 1 else None
+        op = wide[0] if len(wide) == 1 else flow.activated(op)
     return found
 
 
@@ -182,10 +194,13 @@ def _obstacle(flow: Flow, unit: _Unit, uses: dict[Op, set[Unit]]) -> str | None:
     tags = unit.up.state.tags.expand(unit.product.shape)
     end = arriving(flow.trace(unit.product, unit.last, tags=tags), unit.last)
     arrived = channels_along(end.tags, unit.last.in_axis)
+    own = (unit.first.op, unit.second.op)
     if unit.up.state.blended or end.blended:
         return f"the hidden channels of {up.name} are combined with one another before {down.name}"
     if arrived != unit.up.channels:
         return f"the hidden channels of {up.name} reach {down.name} in another order"
+    if others := [op.weight.name for op in rivals(flow, unit.product, unit.last) if op.weight is not None and op not in own]:
+        return f"{down.name} could use the weight of any of {', '.join((up.name, *others))}: what they make is joined before it"
     for weight, part in zip(weights, unit.blocks, strict=True):
         if (reason := misuse(flow, weight)) is not None:
             return reason

@@ -91,17 +91,22 @@ def rivals(flow: Flow, start: Op, second: Op) -> list[Op]:
 
 
 def could_make(op: Op, second: Op) -> bool:
-    """Whether an operation applies a matrix of which all or some rows are, by shape, the transpose of that of `second`."""
-    first = op.weight if op.is_projection else None
-    other = second.weight
-    if first is None or other is None or not first.is_matrix:
+    """Whether an operation applies a weight of which all or some rows are as wide as the weight of `second` has outputs, and as many."""
+    first, other = op.weight, second.weight
+    if first is None or other is None:
         return False
-    return first.name != other.name and first.inputs == other.outputs and first.outputs >= other.inputs
+    return first.name != other.name and first.inputs * first.groups == other.outputs and first.outputs >= other.inputs
 
 
 def _is_modulated(flow: Flow, first: Op, second: Op) -> bool:
-    """Whether the channels of `first` reach the weight of `second`, which fits, past nothing but values that join in entry by entry."""
-    if not Pair(first, second, ()).is_transposed or any(op.kind in _PRODUCTS for _, op in flow.joining(first, second)):
+    """Whether the channels of `first` reach the weight of `second`, which fits, past nothing but values that join in entry by entry.
+
+    No residual stream is one of them: what follows it is the next block.
+    """
+    if not Pair(first, second, ()).is_transposed:
+        return False
+    joins = dict.fromkeys(op for _, op in flow.joining(first, second))
+    if any(op.kind in _PRODUCTS or flow.adds_to_stream(first, op) for op in joins):
         return False
     return arriving(flow.trace(first, second), second).tags is not None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pe_fx.graph.operation import Op, factors, product_labels, shape_of
-from pe_fx.graph.ops import Kind, value_of
+from pe_fx.graph.ops import Kind, base_name, value_of
 from pe_fx.graph.tags import expand_along, lazy, lies_along, nothing_in, remembered, shrunk, varying_axes
 from pe_fx.graph.views import moved
 from pe_fx.ties import Shape
@@ -111,8 +111,9 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
         return lost(lost=op.name) if tags is None else keep(tags)
     if op.is_projection:
         return lost(lost=f"{op.weight.name}" if op.weight else "an unnamed weight")
-    if op.name == "overwritten":
-        return lost(lost="a write in place to a part of it")
+    if op.kind is Kind.WRITE:  # what is written into memory that held something else is what is read from there
+        tags = None if op.operands[0] in states else _written(op, states[op.inputs[-1]].tags)
+        return lost(lost="a write in place to a part of it") if tags is None else keep(tags)
     return lost(lost=f"{op.name or op.node.name}, an operation that pe_fx does not follow")
 
 
@@ -202,6 +203,27 @@ def _averaged(tags: Tensor, names: str, result: str, shape: Shape) -> Tensor | N
         return tags.expand(shape)
     except RuntimeError:
         return None
+
+
+def _written(op: Op, tags: Any) -> Tensor | None:
+    """The tags of memory to which a value is written, along its own axes, and by position along such as hold no channels."""
+    if not isinstance(tags, Tensor):
+        return None
+    node: Any = op.node
+    chosen: set[int] = set()
+    if op.name == "overwritten":
+        memory, view = node.args[0], node.args[1].args[0]
+        while view is not memory and base_name(view) in ("slice", "narrow"):
+            view = view.args[0]
+        if view is not memory:
+            return None
+    elif op.name == "index_put":
+        chosen = {axis for axis, index in enumerate(node.args[1]) if index is not None}
+        if len(chosen) > 1:
+            return None
+    elif op.name == "index_copy":
+        chosen = {node.args[1] % len(op.shape)}
+    return _resampled(tags, op.shape) if chosen.isdisjoint(varying_axes(tags)) else None
 
 
 def _padded_axes(op: Op) -> set[int]:

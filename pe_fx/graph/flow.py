@@ -25,6 +25,7 @@ from pe_fx.ties import Block, Site, Tie
 
 Test = Callable[[Op], bool]
 
+_ELEMENTWISE = (Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT)
 _HAVE_WEIGHTS = (Kind.PROJECTION, Kind.CONV, Kind.LOOKUP)
 
 
@@ -182,6 +183,13 @@ class Flow:
         """The nearest operation with a weight that every way to `op` leads through (itself, if it has one)."""
         return self._feeders[op.index]
 
+    def activated(self, op: Op) -> Op | None:
+        """The one value that `op` is an elementwise function of, though it has several operands: h, where op is h * sigmoid(h)."""
+        index = self._idom[op.index]
+        value = self.ops[index] if index >= 0 else None
+        is_function = value is not None and all(step.kind in _ELEMENTWISE for step in self.between(value, op))
+        return value if is_function else None
+
     def inevitable(self, op: Op) -> Iterator[Op]:
         """The operations after `op` that every way to the outputs leads through, nearest first."""
         index = self._ipdom.get(op.index, len(self.ops))
@@ -205,6 +213,13 @@ class Flow:
         inside = {start, *self.between(start, end)}
         for op in (*self.between(start, end), end):
             yield from ((source, op) for source in op.inputs if source not in inside)
+
+    def adds_to_stream(self, start: Op, op: Op) -> bool:
+        """Whether what is made of `start` is added at `op` to a value that `start` itself was made of: the sum of a residual block."""
+        if op.kind is not Kind.POINTWISE or len(op.inputs) < 2:
+            return False
+        inside = {start, *self.between(start, op)}
+        return any(self.reaches(source, start) for source in op.inputs if source not in inside and source.shape == op.shape)
 
     def between(self, start: Op, end: Op) -> tuple[Op, ...]:
         """The operations on the ways from `start` to `end`, both left out, in order."""

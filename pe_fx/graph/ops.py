@@ -32,6 +32,7 @@ class Kind(enum.Enum):
     POOL = "spatial pooling or resampling, each channel by itself"
     REDUCE = "reduction over axes"
     LOOKUP = "rows of a table"
+    WRITE = "replaces entries of its first operand by those of its last"
     OTHER = "anything else: what passes through it is not followed"
 
 
@@ -75,6 +76,7 @@ _NAMES: dict[Kind, str] = {
     """,
     Kind.REDUCE: "mean sum amax amin max min std var var_mean std_mean norm linalg_vector_norm logsumexp prod argmax argmin all any",
     Kind.LOOKUP: "embedding embedding_bag",
+    Kind.WRITE: "overwritten index_put index_copy slice_scatter",
 }
 
 SHAPE_OF_SECOND = ("expand_as", "view_as", "reshape_as", "type_as")
