@@ -303,7 +303,7 @@ def _part(flow: Flow, source: Op, operand: Operand) -> Part | None:
     channels = channels_in(tags)
     if channels is None:
         return None
-    if operand.axis % tags.dim() in varying_axes(tags):  # a matrix along the positions, unless none is behind it
+    if _differ_along(tags, operand.axis):  # a matrix along the positions, unless none is behind it
         behind = [op for op in flow.makers(source.inputs[0]) if op.is_projection] if source.inputs else []
         found = [part for op in behind if (part := _before_positions_are_mixed(flow, op, operand)) is not None]
         if len(found) == 1:
@@ -316,9 +316,15 @@ def _before_positions_are_mixed(flow: Flow, source: Op, operand: Operand) -> Par
         return None
     tags = flow.trace(source, operand.value, loosely=True)[operand.value].tags
     channels = channels_in(tags)
-    if channels is None or operand.axis % tags.dim() in varying_axes(tags):
-        return None
-    return Part(source, source.weight, channels)
+    return None if channels is None or _differ_along(tags, operand.axis) else Part(source, source.weight, channels)
+
+
+def _differ_along(tags: Tensor, axis: int) -> bool:
+    """Whether other channels stand at other positions of an axis, and not the same ones at some of them."""
+    if axis % tags.dim() not in varying_axes(tags):
+        return False
+    largest = shrunk(tags).amax(axis, keepdim=True)
+    return not bool(((shrunk(tags) == largest) | (shrunk(tags) == 0)).all())
 
 
 def _positions_in(tags: Tensor, axis: int) -> frozenset[int] | None:
@@ -337,7 +343,7 @@ def _outputs(flow: Flow, core: Core, q: tuple[Part, ...], v: tuple[Part, ...]) -
     """The next projections after the averaged values that work on their channels; several where streams part."""
     if core.v is None:
         return ()
-    found = _next_projection(flow, core)
+    found = _next_projection(flow, core, {part.op for part in q + v})
     if found is not None:
         part = _output(flow, core, v, found)
         if part is not None and len(q) > 1:
@@ -359,12 +365,20 @@ def _outputs(flow: Flow, core: Core, q: tuple[Part, ...], v: tuple[Part, ...]) -
     return tuple(parts)
 
 
-def _next_projection(flow: Flow, core: Core) -> Op | None:
-    """The first one that everything from the averaged values goes through, before they are added to what attention read."""
+def _next_projection(flow: Flow, core: Core, own: set[Op]) -> Op | None:
+    """The first one that everything from the averaged values goes through, before they are added to what queries and values are made of.
+
+    These themselves may be added.
+    """
+
+    def meets_stream(op: Op) -> bool:
+        added = [flow.makers(value) for value, at in flow.joining(core.mix, op) if at is op]
+        return flow.modulates(core.mix, op) and not all(makers and own.issuperset(makers) for makers in added)
+
     for op in flow.inevitable(core.mix):
-        if op.is_projection:
-            return op
-        if op.kind in (Kind.REDUCE, Kind.POOL) or flow.adds_to_stream(core.mix, op):
+        if op.is_projection:  # no stream of its own may have left the way before
+            return None if any(between.is_projection for between in flow.between(core.mix, op)) else op
+        if op.kind in (Kind.REDUCE, Kind.POOL) or meets_stream(op):
             return None
     return None
 
@@ -410,7 +424,7 @@ def _averages_channels(flow: Flow, core: Core, v: Part) -> bool:
     if core.v is None:
         return False
     tags = flow.trace(v.op, core.v.value, loosely=True)[core.v.value].tags
-    return isinstance(tags, Tensor) and core.v.axis % tags.dim() in varying_axes(tags)
+    return isinstance(tags, Tensor) and _differ_along(tags, core.v.axis)
 
 
 def _tie(flow: Flow, kind: str, core: Core, roles: Roles, uses: dict[Op, set[Use]], made: set[Tie]) -> Iterator[Site | Miss]:
@@ -441,8 +455,9 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles, uses: dict[Op, set[Use
                 miss([source, target], reason)
             else:
                 ties.append(tie(source.weight, target.weight, source.block, target.block))
-    steps = [part.op for part in roles.parts if part not in refused or part not in roles.proj]  # a refused one may yet end a pattern around
-    flow.carriers.update({core.mix, *steps})
+    proj = tuple(part for part in roles.proj if part not in refused)  # the others may yet be the end of a pattern around this one
+    roles = dataclasses.replace(roles, proj=proj)
+    flow.carriers.update({core.mix, *(part.op for part in roles.parts)})
     flow.carriers.update(op for part in roles.parts[:1] for op in flow.between(part.op, core.mix) if _mixes_heads(op))
     ties = [tie for tie in ties if tie not in made]  # another attention may use the same keys and values
     made.update(ties)

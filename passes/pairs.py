@@ -13,6 +13,7 @@ from pe_fx.graph.flow import Flow, taken_by
 from pe_fx.graph.operation import Op, Weight
 from pe_fx.graph.ops import Kind
 from pe_fx.graph.tags import channels_along, channels_in, lies_along, remembered
+from pe_fx.graph.walks import reached
 from pe_fx.ties import Block, Miss, Site, Tie
 
 _HARMLESS = {Kind.VIEW, Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.NORM, Kind.POOL, Kind.CONV, Kind.SOFTMAX, Kind.REDUCE}
@@ -99,14 +100,11 @@ def could_make(op: Op, second: Op) -> bool:
 
 
 def _is_modulated(flow: Flow, first: Op, second: Op) -> bool:
-    """Whether the channels of `first` reach the weight of `second`, which fits, past nothing but values that join in entry by entry.
-
-    No residual stream is one of them: what follows it is the next block.
-    """
+    """Whether the channels of `first` reach the weight of `second`, which fits, past nothing but values that join in entry by entry."""
     if not Pair(first, second, ()).is_transposed:
         return False
     joins = dict.fromkeys(op for _, op in flow.joining(first, second))
-    if any(op.kind in _PRODUCTS or flow.adds_to_stream(first, op) for op in joins):
+    if any(op.kind in _PRODUCTS or flow.modulates(first, op) for op in joins):
         return False
     return arriving(flow.trace(first, second), second).tags is not None
 
@@ -240,15 +238,16 @@ def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
     """
     is_free = _is_matrix(first) and not _is_claimed(flow, first)
 
-    def is_near(op: Op) -> bool:
+    def is_near(op: Op, closed: bool) -> bool:
         if flow.dominates(first, op):
             return True
-        is_candidate = is_free and op.is_projection and _is_modulated(flow, first, op)
-        return is_candidate and arriving(flow.trace(first, op), op).activations > 0
+        if not (is_free and op.is_projection and _is_modulated(flow, first, op)):
+            return False
+        return arriving(flow.trace(first, op), op).activations > 0 and (closed or not _is_one_of_streams(flow, first, op))
 
     seen: set[Op] = set()
     for op in flow.inevitable(first):
-        if op.weight is not None and not op.is_depthwise and is_near(op):
+        if op.weight is not None and not op.is_depthwise and is_near(op, True):
             seen.add(op)
             yield Pair(first, op, flow.between(first, op)), True
         if op.is_projection:
@@ -256,9 +255,16 @@ def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
     if not is_free or any(op.is_projection for op in seen):
         return
     for op in flow.forward(first, _HARMLESS, lambda op: op.is_projection):
-        if op.weight is not None and op not in seen and is_near(op):
+        if op.weight is not None and op not in seen and is_near(op, False):
             pair = Pair(first, op, ())
             yield dataclasses.replace(pair, region=flow.between(first, op)) if pair.is_transposed else pair, False
+
+
+def _is_one_of_streams(flow: Flow, first: Op, second: Op) -> bool:
+    """Whether what joins in before `second` was made of the same values as what `first` works on."""
+    before = set(reached(first, lambda op: op.inputs))
+    joined = (value for value, op in flow.joining(first, second) if value.shape == op.shape)
+    return any(not before.isdisjoint(reached(value, lambda op: op.inputs)) for value in joined)
 
 
 def _near_reason(flow: Flow, pair: Pair, closed: bool) -> str | None:
@@ -269,7 +275,7 @@ def _near_reason(flow: Flow, pair: Pair, closed: bool) -> str | None:
     if not _is_matrix(pair.first) or not _is_matrix(pair.second):
         return None if claimed else _kernel_reason(pair)
     if claimed:
-        is_loser = closed and pair.is_transposed and obstacle(flow, pair) is None
+        is_loser = closed and pair.is_transposed and flow.dominates(pair.first, pair.second) and obstacle(flow, pair) is None
         block, site = claimed[0]
         return f"{block} {taken_by(site)}" if is_loser else None
     if not flow.spare.isdisjoint((pair.first, pair.second)):

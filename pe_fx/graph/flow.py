@@ -214,12 +214,18 @@ class Flow:
         for op in (*self.between(start, end), end):
             yield from ((source, op) for source in op.inputs if source not in inside)
 
-    def adds_to_stream(self, start: Op, op: Op) -> bool:
-        """Whether what is made of `start` is added at `op` to a value that `start` itself was made of: the sum of a residual block."""
-        if op.kind is not Kind.POINTWISE or len(op.inputs) < 2:
+    def modulates(self, start: Op, op: Op) -> bool:
+        """Whether what is made of `start` is itself what modulates, at `op`, another value.
+
+        It does where it is broadcast, or meets a value as large from which it was made: the stream of a residual block, or what a gate
+        multiplies.
+        """
+        if op.kind not in _ELEMENTWISE or len(op.inputs) < 2:
             return False
         inside = {start, *self.between(start, op)}
-        return any(self.reaches(source, start) for source in op.inputs if source not in inside and source.shape == op.shape)
+        others = [source for source in op.inputs if source not in inside and source.shape == op.shape]
+        own = [source for source in op.inputs if source in inside]
+        return bool(others) and (all(s.shape != op.shape for s in own) or any(self.reaches(source, start) for source in others))
 
     def between(self, start: Op, end: Op) -> tuple[Op, ...]:
         """The operations on the ways from `start` to `end`, both left out, in order."""
