@@ -39,9 +39,7 @@ class Attention:
     kind: str = "attention"
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
-        cores = list(_cores(flow))
-        mixes = {core.mix for core in cores}
-        found = [(core, _roles(flow, core, mixes)) for core in cores]
+        found = [(core, _roles(flow, core)) for core in _cores(flow)]
         uses: dict[Op, set[Use]] = {}
         for _, roles in found:
             for part, use in roles.uses:
@@ -50,7 +48,7 @@ class Attention:
         claimed = set(flow.claimed)  # by other rules: attentions may share keys and values
         made: set[Tie] = set()
         for core, roles in found:
-            names = () if roles.is_known else _makers(flow, core, mixes)
+            names = () if roles.is_known else _makers(flow, core)
             blocks = tuple(part.block for part in roles.parts)
             if (blocks or names) in seen:
                 continue
@@ -91,25 +89,20 @@ class Core:
 
 @dataclass(frozen=True)
 class Part:
-    """A projection, the output channels of it that play one role, and the input channels with which it does.
-
-    `positions`: those of all positions that hold its values, None for all.
-    """
+    """A projection, the output channels of it that play one role, and the positions that hold its values (None for all)."""
 
     op: Op
     weight: Weight
     channels: Sequence[int]
     positions: frozenset[int] | None = None
-    columns: range | None = None
 
     @functools.cached_property
     def block(self) -> Block:
-        block = self.weight.of_channels(self.channels)
-        return block if self.columns is None else block.narrowed(self.weight.in_dim, self.columns)
+        return self.weight.of_channels(self.channels)
 
     @property
     def matrix(self) -> tuple[int, int]:
-        return len(self.channels), self.weight.inputs if self.columns is None else len(self.columns)
+        return len(self.channels), self.weight.inputs
 
     def meets(self, other: Part) -> bool:
         """Whether both have values at the same positions."""
@@ -252,17 +245,17 @@ def _query_axis(flow: Flow, core: Core) -> int | None:
     return labels[2].index(label) if label is not None and label in labels[2] else None
 
 
-def _roles(flow: Flow, core: Core, mixes: set[Op]) -> Roles:
+def _roles(flow: Flow, core: Core) -> Roles:
     if core.q is None:
         return Roles()
-    q, k, v = (_parts(flow, operand, mixes) for operand in (core.q, core.k, core.v))
+    q, k, v = (_parts(flow, operand, core.mix) for operand in (core.q, core.k, core.v))
     return Roles(q, k, v, _outputs(flow, core, q, v)) if q or k else Roles()
 
 
-def _makers(flow: Flow, core: Core, mixes: set[Op]) -> tuple[str, ...]:
+def _makers(flow: Flow, core: Core) -> tuple[str, ...]:
     """The weights behind an attention whose queries and keys are no matrix times a value; none where it is no near miss."""
     if core.q is None:
-        k, v = _parts(flow, core.k, mixes), _parts(flow, core.v, mixes)
+        k, v = _parts(flow, core.k, core.mix), _parts(flow, core.v, core.mix)
         fits = len(k) == len(v) == 1 and k[0].matrix == v[0].matrix[::-1] and not k[0].block.overlaps(v[0].block)
         return Roles(k=k, v=v).names if fits else ()
     values = [operand.value for operand in core.operands]
@@ -284,7 +277,7 @@ def _unknown(core: Core, names: tuple[str, ...]) -> str:
     return f"neither the queries nor the keys of {core.mix.node.name} are made by one matrix alone: {', '.join(names)}"
 
 
-def _parts(flow: Flow, operand: Operand | None, mixes: set[Op]) -> tuple[Part, ...]:
+def _parts(flow: Flow, operand: Operand | None, mix: Op) -> tuple[Part, ...]:
     """The projections that make a value, alone or side by side, and which of their channels are in it."""
     if operand is None:
         return ()
@@ -292,7 +285,7 @@ def _parts(flow: Flow, operand: Operand | None, mixes: set[Op]) -> tuple[Part, .
     alone = _part(flow, source, operand) if source is not None else None
     if alone is not None:
         return (dataclasses.replace(alone, positions=None),)
-    makers = [op for op in flow.makers(operand.value) if op.is_projection and _serves_attention_only(flow, op, mixes)]
+    makers = [op for op in flow.makers(operand.value) if op.is_projection and _serves_attention_only(flow, op, mix)]
     return tuple(part for op in makers if (part := _part(flow, op, operand)) is not None)
 
 
@@ -333,10 +326,18 @@ def _positions_in(tags: Tensor, axis: int) -> frozenset[int] | None:
     return None if bool((small > 0).all()) else frozenset(small.nonzero().flatten().tolist())
 
 
-def _serves_attention_only(flow: Flow, source: Op, mixes: set[Op]) -> bool:
-    """Whether no weight is applied to what an operation makes but on the ways into attention: a residual stream is no query."""
-    ways = reached(source, lambda op: () if op in mixes else flow.users[op])
-    return all(op is source or op.weight is None or op.is_depthwise or not mixes.isdisjoint(flow.inevitable(op)) for op in ways)
+def _serves_attention_only(flow: Flow, source: Op, mix: Op) -> bool:
+    """Whether what an operation makes meets no weight, and nothing that attention has averaged: a residual stream does, and is no query."""
+    ways = set(reached(source, lambda op: () if op is mix else flow.users[op])) - {source, mix}
+    averaged: set[Op] = set(reached(mix, flow.users.__getitem__))
+    if not ways.isdisjoint(averaged):
+        return False
+    return not any(op.weight is not None and not op.is_depthwise and _meets_channels(flow, source, op) for op in ways)
+
+
+def _meets_channels(flow: Flow, source: Op, op: Op) -> bool:
+    tags = arriving(flow.trace(source, op, loosely=True), op).tags
+    return isinstance(tags, Tensor) and op.in_axis % tags.dim() in varying_axes(tags)
 
 
 def _outputs(flow: Flow, core: Core, q: tuple[Part, ...], v: tuple[Part, ...]) -> tuple[Part, ...]:
@@ -372,6 +373,8 @@ def _next_projection(flow: Flow, core: Core, own: set[Op]) -> Op | None:
     """
 
     def meets_stream(op: Op) -> bool:
+        if op.kind is not Kind.POINTWISE:
+            return False
         added = [flow.makers(value) for value, at in flow.joining(core.mix, op) if at is op]
         return flow.modulates(core.mix, op) and not all(makers and own.issuperset(makers) for makers in added)
 
@@ -448,8 +451,8 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles, uses: dict[Op, set[Use
         elif not half.fitting:
             miss((*half.sources, *half.targets), _shapes(half.sources[0], half.targets[0]))
         elif half.contested:
-            blocks = ", ".join(str(part.block) for part in half.contested)
-            miss(half.contested, f"which of {half.what} could use which weight of the {half.whose} cannot be told: {blocks}")
+            blocks = ", ".join(dict.fromkeys(str(part.block) for part in half.contested))
+            miss(half.contested, f"{half.what} could use the weight of the {half.whose} in several ways: {blocks}")
         for source, target in half.couples:
             if (reason := _half_obstacle(flow, roles, source, target, uses)) is not None:
                 miss([source, target], reason)

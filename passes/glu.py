@@ -125,14 +125,18 @@ def _feeder(flow: Flow, factor: Op, last: Op) -> Op | None:
     feeder = flow.feeder(factor)
     if feeder is not None and channels_in(flow.trace(feeder, factor)[factor].tags) is not None:
         return feeder
-    fitting = [op for op in flow.makers(factor) if could_make(op, last)]
+    fitting = _fitting(flow, factor, last)
     return fitting[0] if len(fitting) == 1 else None
+
+
+def _fitting(flow: Flow, value: Op, last: Op) -> list[Op]:
+    return [op for op in flow.makers(value) if could_make(op, last)]
 
 
 def _product_before(flow: Flow, last: Op) -> Op | None:
     """The first product on the way to `last`, past what shifts or scales it by numbers of its own, as a norm written out does.
 
-    Past an activation that is written out, as in h * sigmoid(h), too.
+    Past an activation that is written out, as in h * sigmoid(h), and past values that no matrix that would fit has made, too.
     """
     found: Op | None = None
     op = last.inputs[0] if last.inputs else None
@@ -140,7 +144,11 @@ def _product_before(flow: Flow, last: Op) -> Op | None:
         if op.kind is Kind.PRODUCT:
             found = op
         wide = [source for source in op.inputs if len(op.inputs) == 1 or _size(source, last.in_axis) == _size(op, last.in_axis)]
-        op = wide[0] if len(wide) == 1 else flow.activated(op)
+        if len(wide) > 1 and (value := flow.activated(op)) is not None:
+            wide = [value]
+        elif len(wide) > 1:
+            wide = [source for source in wide if _fitting(flow, source, last)]
+        op = wide[0] if len(wide) == 1 else None
     return found
 
 

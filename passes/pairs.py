@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ def following(flow: Flow, first: Op) -> Iterator[Op]:
     """
     for op in flow.inevitable(first):
         if op.is_projection and _may_end(flow, op):
-            if _is_matrix(op) and (flow.dominates(first, op) or (_is_modulated(flow, first, op) and not rivals(flow, first, op))):
+            if (_is_matrix(op) or _is_part_of_output(op)) and _reaches_alone(flow, first, op):
                 yield op
             if op not in flow.carriers:
                 return
@@ -97,6 +98,10 @@ def could_make(op: Op, second: Op) -> bool:
     if first is None or other is None:
         return False
     return first.name != other.name and first.inputs * first.groups == other.outputs and first.outputs >= other.inputs
+
+
+def _reaches_alone(flow: Flow, first: Op, second: Op) -> bool:
+    return flow.dominates(first, second) or (_is_modulated(flow, first, second) and not rivals(flow, first, second))
 
 
 def _is_modulated(flow: Flow, first: Op, second: Op) -> bool:
@@ -185,7 +190,7 @@ def _reader_obstacle(flow: Flow, group: list[Pair]) -> str | None:
         if (reason := misuse(flow, weight)) is not None:
             return reason
         for reader in flow.readers[weight.name]:
-            if reader not in uses[weight.name]:
+            if reader not in uses[weight.name] and (reader.weight is None or reader.weight.block.overlaps(weight.block)):
                 partner = next(following(flow, reader) if weight is first else map(flow.feeder, reader.inputs), None)
                 there = f", there with {partner.weight.name}" if partner is not None and partner.weight is not None else ""
                 return f"{weight.name} is used a second time{there}, not with {other.name}"
@@ -262,9 +267,12 @@ def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
 
 def _is_one_of_streams(flow: Flow, first: Op, second: Op) -> bool:
     """Whether what joins in before `second` was made of the same values as what `first` works on."""
-    before = set(reached(first, lambda op: op.inputs))
+
+    def made_of(value: Op) -> set[Op]:
+        return set(reached(value, operator.attrgetter("inputs")))
+
     joined = (value for value, op in flow.joining(first, second) if value.shape == op.shape)
-    return any(not before.isdisjoint(reached(value, lambda op: op.inputs)) for value in joined)
+    return any(not made_of(first).isdisjoint(made_of(value)) for value in joined)
 
 
 def _near_reason(flow: Flow, pair: Pair, closed: bool) -> str | None:
@@ -272,7 +280,7 @@ def _near_reason(flow: Flow, pair: Pair, closed: bool) -> str | None:
     claimed = [(weight.block, site) for weight in pair.weights if (site := flow.owner(weight.block)) is not None]
     if first.name == second.name or len(claimed) == 2:
         return None
-    if not _is_matrix(pair.first) or not _is_matrix(pair.second):
+    if not _is_matrix(pair.first) or not (_is_matrix(pair.second) or _is_part_of_output(pair.second)):
         return None if claimed else _kernel_reason(pair)
     if claimed:
         is_loser = closed and pair.is_transposed and flow.dominates(pair.first, pair.second) and obstacle(flow, pair) is None
@@ -345,6 +353,12 @@ def leak(flow: Flow, first: Op, second: Op, channels: Collection[int] | None = N
 
 def _is_matrix(op: Op) -> bool:
     return op.is_projection and op.weight is not None and op.weight.is_whole_matrix
+
+
+def _is_part_of_output(op: Op) -> bool:
+    """Whether a matrix is what some of a weight's input channels meet: attention has its output projection in the others."""
+    weight = op.weight
+    return op.is_projection and weight is not None and weight.is_matrix and weight.block.divided == (weight.in_dim,)
 
 
 def _is_claimed(flow: Flow, op: Op) -> bool:

@@ -194,7 +194,9 @@ def test_two_channels_as_one_absolute_value() -> None:
     def absolute(x: Tensor) -> Tensor:
         return torch.view_as_complex(x.unflatten(-1, (-1, 2))).abs().repeat(1, 1, 1, 2)
 
-    miss(separate(lambda q, k, v: sdpa(q, k, absolute(v))), X, "values cannot use .* no projection of their own", weights=("k.weight",))
+    net = separate(lambda q, k, v: sdpa(q, k, absolute(v)))
+    hit(net, X, "out.weight ← q.weightᵀ")
+    assert "values cannot use the weight of the keys, k.weight: no projection of their own was found" in pe_fx.plan(net, X).explain()
 
 
 def test_rotary_embedding_on_part_of_each_head() -> None:
@@ -676,15 +678,38 @@ def test_read_by_a_penalty_leaves_the_other_tie() -> None:
         assert any(f"attn.{read}.weight is read by" in found.reason for found in made.misses), made.explain()
 
 
-def test_keys_and_values_joined_with_others() -> None:
-    def forward(m: Net, x: Tensor, cache: Tensor) -> Tensor:
-        k, v = (torch.cat((cache, heads(part(x))), 2) for part in (m.k, m.v))
-        return m.out(joined(sdpa(heads(m.q(x)), k, v)))
+@pytest.mark.parametrize("made", ["strided", "added", "joined"])
+def test_values_that_no_matrix_alone_makes_leave_the_output(made: str) -> None:
+    """As in PVT, whose values are a strided convolution, and where values of another layer are added."""
 
-    net = Net(forward, **{name: linear(D, D) for name in ("q", "k", "v", "out")})
-    made = pe_fx.plan(net, (X, torch.randn(2, HEADS, 3, HEAD)))
-    assert not made.ties
-    assert any("the keys" in found.reason for found in made.misses), made.explain()
+    def forward(m: Net, x: Tensor) -> Tensor:
+        k, v = m.k(x), m.v(x)
+        match made:
+            case "strided":
+                k, v = F.avg_pool1d(k.mT, 2).mT, m.other(x.mT).mT
+            case "added":
+                v = v + 0.5 * m.v2(x)
+            case "joined":
+                k, v = torch.cat((k, k), 1), torch.cat((v, m.v2(x)), 1)
+        return m.out(joined(sdpa(heads(m.q(x)), heads(k), heads(v))))
+
+    names = ("q", "k", "v", "v2", "out")
+    net = Net(forward, other=nn.Conv1d(D, D, 2, 2), **{name: linear(D, D) for name in names})
+    hit(net, torch.randn(2, 4, D), "out.weight ← q.weightᵀ")
+    reason = "no projection of their own was found" if made == "strided" else r"in several ways: k\.weight, v\.weight, v2\.weight"
+    assert re.search(reason, pe_fx.plan(net, torch.randn(2, 4, D)).explain())
+
+
+@pytest.mark.parametrize("length", [3, 6], ids=["shorter", "square"])
+def test_keys_and_values_shortened_by_a_matrix_along_the_positions(length: int) -> None:
+    """Linformer. The matrices along the positions are neither keys nor values."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        k, v = (torch.einsum("bnd,nk->bkd", value, weight) for value, weight in ((m.k(x), m.pk), (m.v(x), m.pv)))
+        return m.out(joined(by_hand(heads(m.q(x)), heads(k), heads(v))))
+
+    net = Net(forward, pk=weight(6, length), pv=weight(6, length), **{name: linear(D, D) for name in ("q", "k", "v", "out")})
+    hit(net, torch.randn(2, 6, D), *SEPARATE)
 
 
 def test_value_weight_shared_with_an_embedding() -> None:

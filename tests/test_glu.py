@@ -289,12 +289,13 @@ def test_gate_over_positions() -> None:
     miss(net, X, r"passes tokens\.weight, which works along another axis", weights=("down.weight",))
 
 
-@pytest.mark.parametrize(
-    "scaled", [lambda m, x, h: h * m.scale(x).sigmoid(), lambda m, x, h: h * h.softmax(-2)], ids=["by the input", "over positions"]
-)
-def test_scale_that_is_no_norm(scaled: Callable[[Net, Tensor, Tensor], Tensor]) -> None:
-    """Only numbers of the hidden value's own, one for all its channels, stand between the product and down."""
-    net = swiglu(lambda m, x: m.down(scaled(m, x, F.silu(m.gate(x)) * m.up(x))), scale=linear(D, 1))
+def test_product_scaled_by_the_input() -> None:
+    net = swiglu(lambda m, x: m.down(F.silu(m.gate(x)) * m.up(x) * m.scale(x).sigmoid()), scale=linear(D, 1))
+    hit(net, X, TIE)
+
+
+def test_product_scaled_over_positions() -> None:
+    net = swiglu(lambda m, x: m.down((h := F.silu(m.gate(x)) * m.up(x)) * h.softmax(-2)))
     assert not any(found.kind == "glu" for found in pe_fx.plan(net, X).sites)
 
 

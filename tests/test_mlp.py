@@ -456,15 +456,6 @@ def test_hidden_read_through_a_mask() -> None:
     miss(net, X, r"read elsewhere", weights=("fc1.weight", "fc2.weight"))
 
 
-def test_value_from_elsewhere_added() -> None:
-    net = Net(lambda m, x, y: m.fc2(m.fc1(x).relu() + y), fc1=linear(8, 16), fc2=linear(16, 8))
-    assert not pe_fx.plan(net, (X, torch.randn(3, 5, 16))).sites
-
-
-def test_value_from_elsewhere_multiplied() -> None:
-    assert not pe_fx.plan(pair(lambda m, x: m.fc2(m.fc1(x).relu() * x.mean(-1, keepdim=True))), X).sites
-
-
 @pytest.mark.parametrize("frozen", ["0", "2"])
 def test_frozen_beside_trained(frozen: str) -> None:
     net = mlp(nn.ReLU())

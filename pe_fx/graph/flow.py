@@ -66,10 +66,12 @@ class Flow:
         Who applies its weights is one step to the patterns around it, and if its tie is not made, an end of other patterns, too.
         """
         self.found.update(site.ties)
-        self.carriers |= self._applying(site.weights)
+        tied = {block.name for tie in site.ties for block in (tie.into, tie.of)}
+        self.carriers |= {op for name in site.weights if name not in tied for op in self.readers[name] if op.weight is not None}
         for tie in site.ties:
+            self.carriers |= self._applying(tie)
             if tie not in ties:
-                self.spare |= self._applying((tie.target, tie.source))
+                self.spare |= self._applying(tie)
                 continue
             for block in (tie.into, tie.of):
                 self.claimed.setdefault(block.name, []).append(Claim(block, site, block is tie.into))
@@ -95,8 +97,9 @@ class Flow:
         """All of it only grows: the numbers tell the sets."""
         return sum(map(len, self.claimed.values())), len(self.carriers), len(self.spare)
 
-    def _applying(self, names: Iterable[str]) -> set[Op]:
-        return {op for name in names for op in self.readers[name] if op.weight is not None}
+    def _applying(self, tie: Tie) -> set[Op]:
+        blocks = (tie.into, tie.of)
+        return {op for block in blocks for op in self.readers[block.name] if op.weight is not None and op.weight.block.overlaps(block)}
 
     # ---- construction
 

@@ -9,11 +9,11 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pe_fx.errors import CaptureError
-from pe_fx.graph.ops import KINDS, base_name, is_in_place, keeps_order, may_alias, value_of
+from pe_fx.graph.ops import COPIES, KINDS, Kind, base_name, is_in_place, keeps_order, may_alias, value_of
 from pe_fx.graph.walks import reached
 
 log = logging.getLogger(__name__)
@@ -21,12 +21,14 @@ log = logging.getLogger(__name__)
 
 def plain(gm: fx.GraphModule) -> fx.Graph:
     """A copy of the graph with autocast, no_grad and checkpoint regions (operators that call one subgraph) inlined, functions made
-    of several operations, such as `F.multi_head_attention_forward`, opened, and gated units and writes in place spelled out."""
+    of several operations, such as `F.multi_head_attention_forward`, opened, and gated units, joined outputs of attention and
+    feed-forward, and writes in place spelled out."""
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
     result = _copy_into(graph, gm, values)
     graph.output(result)
     _spell_out_glu(graph)
+    _spell_out_joined_outputs(graph)
     _spell_out_writes(graph)
     return graph
 
@@ -127,6 +129,63 @@ def _spell_out_glu(graph: fx.Graph) -> None:
             new.meta["val"] = value
         node.replace_all_uses_with(product)
         graph.erase_node(node)
+
+
+def _spell_out_joined_outputs(graph: fx.Graph) -> None:
+    """linear(cat(attention, hidden), W) as what it stands for: an output projection and the second half of a feed-forward, added."""
+    for node in list(graph.nodes):
+        joined = node.args[0] if node.op == "call_function" and base_name(node) == "linear" else None
+        if not isinstance(joined, fx.Node) or joined.op != "call_function" or base_name(joined) not in ("cat", "concat"):
+            continue
+        _, weight, *bias = node.args
+        parts: Any = joined.args[0]
+        dim: Any = joined.kwargs.get("dim", joined.args[1] if len(joined.args) > 1 else 0)
+        rank = len(value_of(joined).shape)
+        if not _is_read_as_it_is(weight) or dim % rank != rank - 1 or not any(map(_is_averaged, parts)):
+            continue
+        total: fx.Node | None = None
+        start = 0
+        with graph.inserting_before(node):
+            for part in parts:
+                width = value_of(part).shape[-1]
+                columns = _call_like(graph, node, torch.narrow, (weight, 1, start, width), value_of(weight).narrow(1, start, width))
+                product = _call_like(graph, node, nn.functional.linear, (part, columns, *(bias if total is None else ())), value_of(node))
+                total = product if total is None else _call_like(graph, node, torch.add, (total, product), value_of(node))
+                start += width
+        assert total is not None
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+
+
+def _is_read_as_it_is(weight: Any) -> bool:
+    """Whether a weight is one parameter, or a copy of one in another dtype, and not put together of others."""
+    while isinstance(weight, fx.Node) and weight.op.startswith("call") and base_name(weight) in COPIES:
+        weight = weight.args[0]
+    return isinstance(weight, fx.Node) and not weight.op.startswith("call")
+
+
+def _call_like(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
+    """A new call that stands for a part of `node`."""
+    new = graph.call_function(target, args)
+    new.meta = {**node.meta, "val": value}
+    return new
+
+
+_ENTRYWISE = (Kind.VIEW, Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.NORM, Kind.SOFTMAX)
+
+
+def _is_averaged(value: fx.Node) -> bool:
+    """Whether attention made a value."""
+
+    def kind(node: fx.Node) -> Kind | None:
+        return KINDS.get(base_name(node)) if node.op.startswith("call") else None
+
+    def before(node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes if kind(node) in _ENTRYWISE else []
+
+    products = [node for node in reached(value, before) if kind(node) in (Kind.ATTEND, Kind.MATMUL)]
+    maps = (found for product in products for operand in product.all_input_nodes for found in reached(operand, before))
+    return any(kind(node) is Kind.ATTEND for node in products) or any(kind(node) is Kind.SOFTMAX for node in maps)
 
 
 def overwritten(value: Any, by: Any) -> Any:

@@ -198,9 +198,9 @@ def _from_positions(
     out_dim, in_dim = dims[out_label][0], dims[in_label][0]
     rows = channels_along(positions[out_dim], out_label)
     columns = channels_along(positions[in_dim], in_label)
-    if rows is None or columns is None or columns != range(full[in_dim]):
+    if rows is None or not isinstance(columns, range):
         return None
-    block = Block.whole(name, full).narrowed(out_dim, rows)
+    block = Block.whole(name, full).narrowed(out_dim, rows).narrowed(in_dim, columns)
     for dim, tags in enumerate(positions):
         if dim not in (out_dim, in_dim):
             held = channels_in(tags)
