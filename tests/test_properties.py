@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from pe_fx.api import KINDS
 from pe_fx.passes.variants import MIXES
 from pe_fx.tied.rewrite_modules import INITS
 
-WIDTH, TOKENS = 8, 6
+WIDTH, TOKENS, CONDITION = 8, 6, 3
 EXAMPLES = int(os.environ.get("PE_FX_EXAMPLES", "50"))
 
 ACTIVATIONS = {
@@ -47,21 +48,41 @@ BREAKING = {
     "shuffle": lambda h: h.unflatten(-1, (2, -1)).mT.flatten(-2),
     "mean": lambda h: h.mean(-1, keepdim=True).expand_as(h).contiguous(),  # for an activation in place may follow
 }
+MODULATIONS = {
+    "nothing": lambda block, h, side: h,
+    "mask": lambda block, h, side: h * side.mask,
+    "filled": lambda block, h, side: h.masked_fill(side.mask == 0, 0.0),
+    "condition": lambda block, h, side: h * (1 + (c := F.linear(side.condition, block.modulator).chunk(2, -1))[0]) + c[1],
+}
+RIVALS = {"rival": lambda block, h, side: h + F.linear(side.input, block.modulator)}
 FORMS = ("linear", "functional", "matmul", "einsum", "conv", "addmm")
 
 
 Expected = tuple[str, tuple[str, ...]]  # the kind of a site and its weights' names in the block
 
 
+class Side(NamedTuple):
+    """What enters a network beside its first input, and what a block works on."""
+
+    mask: Tensor
+    condition: Tensor
+    positions: Tensor
+    input: Tensor
+
+
 @dataclass(frozen=True)
 class Chain:
-    """Two weights with something between them. `borrows`: the weight that an earlier chain of the same shapes lends it."""
+    """Two weights with something between them, modulated by what enters beside the first input or by what a `rival` makes.
+
+    `borrows`: the weight that an earlier chain of the same shapes lends it.
+    """
 
     form: str = "linear"
     hidden: int = 16
     activation: str | None = "relu"
     before: str = "nothing"
     after: str = "nothing"
+    modulation: str = "nothing"
     leak: bool = False
     residual: bool = True
     frozen: bool = False
@@ -71,7 +92,7 @@ class Chain:
     @property
     def sites(self) -> list[Expected]:
         in_order = {self.before, self.after}.isdisjoint(BREAKING) or self.before == self.after == "flip"
-        if self.activation is None or not in_order or self.leak or self.frozen:
+        if self.activation is None or not in_order or self.leak or self.frozen or self.modulation in RIVALS:
             return []
         return [("bottleneck" if self.form == "conv" and "depthwise" in (self.before, self.after) else "mlp", ("first", "second"))]
 
@@ -95,6 +116,10 @@ class ChainBlock(nn.Module):
             shapes = ((*shapes[0], 1), (*shapes[1], 1))
         self.first, self.second = (nn.Parameter(torch.randn(shape) / 4) for shape in shapes)
         self.second.requires_grad_(not spec.frozen)
+        if spec.modulation == "condition":
+            self.modulator = nn.Parameter(torch.randn(2 * spec.hidden, CONDITION) / 4)
+        elif spec.modulation in RIVALS:
+            self.modulator = nn.Parameter(torch.randn(spec.hidden, WIDTH) / 4)
 
     def apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         match self.spec.form:
@@ -108,17 +133,18 @@ class ChainBlock(nn.Module):
                 return F.conv1d(x.mT, weight).mT
         return F.linear(x, weight)
 
-    def once(self, x: Tensor) -> Tensor:
+    def once(self, x: Tensor, side: Side) -> Tensor:
         change = HARMLESS | BREAKING
         h = change[self.spec.before](self.apply_weight(x, self.first))
+        h = (MODULATIONS | RIVALS)[self.spec.modulation](self, h, side)
         if self.spec.activation is not None:
             h = ACTIVATIONS[self.spec.activation](h)
         y = self.apply_weight(change[self.spec.after](h), self.second)
         return y + h[..., :WIDTH] if self.spec.leak else y
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *side: Tensor) -> Tensor:
         for _ in range(self.spec.calls):
-            y = self.once(normed(x))
+            y = self.once(normed(x), Side(*side, input=normed(x)))
             x = x + y if self.spec.residual else normed(x) + x.tanh() * y
         return x
 
@@ -132,6 +158,7 @@ class Gate:
     fused: bool = False
     up_first: bool = False
     after: str = "nothing"
+    modulation: str = "nothing"
 
     @property
     def sites(self) -> list[Expected]:
@@ -147,30 +174,38 @@ class GateBlock(nn.Module):
         self.up = nn.Parameter(torch.randn(spec.hidden * (2 if spec.fused else 1), WIDTH) / 4)
         self.down = nn.Parameter(torch.randn(WIDTH, spec.hidden) / 4)
         self.gate = None if spec.fused else nn.Parameter(torch.randn(spec.hidden, WIDTH) / 4)
+        if spec.modulation == "condition":
+            self.modulator = nn.Parameter(torch.randn(2 * spec.hidden, CONDITION) / 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *side: Tensor) -> Tensor:
         y = normed(x)
         up, gate = F.linear(y, self.up).chunk(2, -1) if self.gate is None else (F.linear(y, self.up), F.linear(y, self.gate))
         gate = gate if self.spec.activation is None else ACTIVATIONS[self.spec.activation](gate)
-        h = up * gate if self.spec.up_first else gate * up
+        h = MODULATIONS[self.spec.modulation](self, up * gate if self.spec.up_first else gate * up, Side(*side, input=y))
         return x + F.linear((HARMLESS | BREAKING)[self.spec.after](h), self.down)
 
 
 @dataclass(frozen=True)
 class Attend:
-    """Attention: the weights `apart` or rows of one, the products written out or fused."""
+    """Attention: the weights `apart` or rows of one, the products written out or fused.
+
+    `rotary`: by positions that are an input; `values`: written into a cache with the keys, masked, or added to others that fit as well.
+    """
 
     weights: str = "apart"
     written_out: bool = False
     softmax: bool = True
     heads: int = 2
     after: str = "nothing"
+    rotary: bool = False
+    values: str = "plain"
 
     @property
     def sites(self) -> list[Expected]:
-        if self.written_out and not self.softmax:
+        if (self.written_out and not self.softmax) or (self.values == "residual" and self.after == "mean"):
             return []
         inner = {"apart": ("q", "k", "v"), "kv": ("q", "kv"), "qkv": ("qkv",)}[self.weights]
+        inner += ("other",) if self.values == "residual" else ()
         return [("attention", inner if self.after == "mean" else (*inner, "proj"))]
 
 
@@ -181,16 +216,69 @@ class AttendBlock(nn.Module):
         self.names = {"apart": ("q", "k", "v"), "kv": ("q", "kv"), "qkv": ("qkv",)}[spec.weights]
         for name in (*self.names, "proj"):
             setattr(self, name, nn.Parameter(torch.randn((1 if name == "proj" else len(name)) * WIDTH, WIDTH) / 4))
+        if spec.values == "residual":
+            self.other = nn.Parameter(torch.randn(WIDTH, WIDTH) / 4)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, condition: Tensor, positions: Tensor) -> Tensor:
         parts = [part for name in self.names for part in F.linear(normed(x), getattr(self, name)).split(WIDTH, -1)]
         q, k, v = (part.unflatten(-1, (self.spec.heads, -1)).transpose(1, 2) for part in parts)
+        if self.spec.rotary:
+            q, k = (turned(part, positions) for part in (q, k))
+        match self.spec.values:
+            case "residual":
+                v = v + F.linear(normed(x), self.other).unflatten(-1, (self.spec.heads, -1)).transpose(1, 2) / 2
+            case "masked":
+                v = v * mask[:, None]
+            case "cached":
+                k, v = (cached(part) for part in (k, v))
         if self.spec.written_out:
             scores = q @ k.mT / math.sqrt(q.shape[-1])
             y = (scores.softmax(-1) if self.spec.softmax else scores.sigmoid()) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
         return x + F.linear((HARMLESS | BREAKING)[self.spec.after](y.transpose(1, 2).flatten(-2)), self.proj)
+
+
+def turned(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding."""
+    angles = positions[:, None] / torch.arange(1.0, x.shape[-1] + 1, dtype=x.dtype)
+    first, second = x.chunk(2, -1)
+    return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+
+
+def cached(x: Tensor) -> Tensor:
+    """As it is read from a longer memory into which it was written."""
+    memory = x.new_zeros(*x.shape[:2], x.shape[2] + 2, x.shape[3])
+    memory[:, :, : x.shape[2]] = x
+    return memory
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Attention over two streams joined along the sequence, each with weights of its own; the second is the condition."""
+
+    written_out: bool = False
+
+    @property
+    def sites(self) -> list[Expected]:
+        return [("attention", ("q", "k", "v", "proj", "aq", "ak", "av", "aproj"))]
+
+
+class JointBlock(nn.Module):
+    def __init__(self, spec: Joint) -> None:
+        super().__init__()
+        self.spec = spec
+        for name in ("q", "k", "v", "proj"):
+            setattr(self, name, nn.Parameter(torch.randn(WIDTH, WIDTH) / 4))
+            shape = (CONDITION, WIDTH) if name == "proj" else (WIDTH, CONDITION)
+            setattr(self, f"a{name}", nn.Parameter(torch.randn(shape) / 4))
+
+    def forward(self, x: Tensor, mask: Tensor, condition: Tensor, positions: Tensor) -> Tensor:
+        both = [torch.cat((F.linear(normed(x), getattr(self, n)), F.linear(condition, getattr(self, f"a{n}"))), 1) for n in "qkv"]
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in both)
+        y = (q @ k.mT).softmax(-1) @ v if self.spec.written_out else F.scaled_dot_product_attention(q, k, v)
+        first, second = y.transpose(1, 2).flatten(2).split([TOKENS, condition.shape[1]], 1)
+        return x + F.linear(first, self.proj) + F.linear(second, self.aproj).mean()
 
 
 @dataclass(frozen=True)
@@ -228,7 +316,7 @@ class ParallelBlock(nn.Module):
             last = nn.Parameter(torch.randn(WIDTH, WIDTH if name[0] == "o" else spec.hidden) / 4)
             setattr(self, name, last.requires_grad_(name not in spec.frozen))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *side: Tensor) -> Tensor:
         y = normed(x) @ self.w if self.spec.transposed else F.linear(normed(x), self.w)
         part = dict(zip(self.spec.roles, y.split(self.widths, -1), strict=True))
         for name in self.spec.lasts:
@@ -242,8 +330,8 @@ class ParallelBlock(nn.Module):
         return x
 
 
-Spec = Chain | Gate | Attend | Parallel
-BLOCKS = {Chain: ChainBlock, Gate: GateBlock, Attend: AttendBlock, Parallel: ParallelBlock}
+Spec = Chain | Gate | Attend | Joint | Parallel
+BLOCKS = {Chain: ChainBlock, Gate: GateBlock, Attend: AttendBlock, Joint: JointBlock, Parallel: ParallelBlock}
 
 changes = st.sampled_from([*HARMLESS] * 3 + [*BREAKING])
 sizes = st.sampled_from((8, 12, 16))
@@ -255,6 +343,7 @@ chains = st.builds(
     activation=st.sampled_from([*ACTIVATIONS, None]),
     before=changes,
     after=changes,
+    modulation=st.sampled_from(["nothing"] * 4 + [*MODULATIONS, *RIVALS]),
     leak=seldom,
     residual=st.booleans(),
     frozen=seldom,
@@ -268,6 +357,7 @@ gates = st.builds(
     st.booleans(),
     st.booleans(),
     changes.filter(lambda change: change != "split"),  # a product in parts is not recognised
+    st.sampled_from(["nothing", *MODULATIONS]),
 )
 attentions = st.builds(
     Attend,
@@ -276,7 +366,10 @@ attentions = st.builds(
     st.booleans(),
     st.sampled_from((1, 2)),
     st.sampled_from(("nothing", "mean")),
+    st.booleans(),
+    st.sampled_from(("plain", "plain", "residual", "masked", "cached")),
 )
+joints = st.builds(Joint, st.booleans())
 
 
 @st.composite
@@ -287,6 +380,13 @@ def parallels(draw: st.DrawFn) -> Parallel:
     return replace(spec, frozen=tuple(name for name in spec.lasts if draw(seldom)))
 
 
+class Serial(nn.Sequential):
+    def forward(self, x: Tensor, *side: Tensor) -> Tensor:
+        for block in self:
+            x = block(x, *side)
+        return x
+
+
 @dataclass(frozen=True)
 class Network:
     """Blocks one after another, each so many modules deep; `again`: the first one once more at the end."""
@@ -295,14 +395,14 @@ class Network:
     depths: tuple[int, ...]
     again: bool
 
-    def build(self) -> nn.Sequential:
+    def build(self) -> Serial:
         blocks = [BLOCKS[type(spec)](spec) for spec in self.blocks]  # type: ignore[arg-type]
         for borrower, lender, name in self.loans():
             setattr(blocks[borrower], name, getattr(blocks[lender], name))
-        model = nn.Sequential()
+        model = Serial()
         for block, depth in zip(blocks, self.depths, strict=False):
             for _ in range(depth):
-                block = nn.Sequential(block)
+                block = Serial(block)
             model.append(block)
         return model.append(model[0]) if self.again else model
 
@@ -331,7 +431,7 @@ class Network:
 
 networks = st.builds(
     Network,
-    blocks=st.lists(st.one_of(chains, chains, gates, attentions, parallels()), min_size=1, max_size=4).map(tuple),
+    blocks=st.lists(st.one_of(chains, chains, gates, attentions, joints, parallels()), min_size=1, max_size=4).map(tuple),
     depths=st.tuples(*[st.integers(0, 2)] * 4),
     again=seldom,
 )
@@ -354,10 +454,12 @@ def test_random_networks(part: int) -> None:
         torch.manual_seed(0)
         model = network.build().double()
         before = copy.deepcopy(model.state_dict())
-        x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+        x, condition = (torch.randn(2, TOKENS, width, dtype=torch.float64) for width in (WIDTH, CONDITION))
+        mask = (torch.arange(TOKENS) < 4).to(x)[:, None].expand(2, -1, -1)
+        inputs = (x, mask, condition, torch.arange(TOKENS).to(x))
 
         left_out = None if exclude is None else [f"{exclude}.*"]
-        plan = pe_fx.plan(model, x, rules=rules, exclude=left_out, share=share, mix=mix, gain=gain)
+        plan = pe_fx.plan(model, inputs, rules=rules, exclude=left_out, share=share, mix=mix, gain=gain)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         assert {(site.kind, frozenset(site.weights)) for site in plan.sites} == network.sites(rules, exclude), f"{plan}\n{plan.explain()}"
         assert pe_fx.Plan.from_json(plan.to_json()) == plan
@@ -366,11 +468,11 @@ def test_random_networks(part: int) -> None:
         assert sum(parameter.numel() for parameter in result.parameters()) == plan.params_after
         if plan.sites:
             if init == "keep":
-                assert_equals_twin(model, result, plan, x)
+                assert_equals_twin(model, result, plan, inputs)
             dense = pe_fx.untie(result)
             torch.manual_seed(0)
-            expected = result(x)
+            expected = result(*inputs)
             torch.manual_seed(0)
-            torch.testing.assert_close(dense(x), expected)
+            torch.testing.assert_close(dense(*inputs), expected)
 
     check()
