@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pe_fx.graph.channels import arriving
-from pe_fx.graph.flow import Flow
+from pe_fx.graph.flow import Flow, source_along
 from pe_fx.graph.operation import Op, Weight, factors, product_labels
 from pe_fx.graph.ops import Kind
 from pe_fx.graph.tags import channels_along, channels_in, numbered, shrunk, varying_axes
@@ -297,15 +297,15 @@ def _part(flow: Flow, source: Op, operand: Operand) -> Part | None:
     if channels is None:
         return None
     if _differ_along(tags, operand.axis):  # a matrix along the positions, unless none is behind it
-        behind = [op for op in flow.makers(source.inputs[0]) if op.is_projection] if source.inputs else []
-        found = [part for op in behind if (part := _before_positions_are_mixed(flow, op, operand)) is not None]
-        if len(found) == 1:
-            return found[0]
+        behind = source_along(source, _ONE_VALUE | {Kind.POINTWISE})
+        part = _before_positions_are_mixed(flow, behind, operand) if behind is not None else None
+        if part is not None:
+            return part
     return Part(source, source.weight, channels, _positions_in(tags, operand.axis))
 
 
 def _before_positions_are_mixed(flow: Flow, source: Op, operand: Operand) -> Part | None:
-    if source.weight is None or not source.weight.is_matrix:
+    if not source.is_projection or source.weight is None or not source.weight.is_matrix:
         return None
     tags = flow.trace(source, operand.value, loosely=True)[operand.value].tags
     channels = channels_in(tags)
@@ -327,7 +327,12 @@ def _positions_in(tags: Tensor, axis: int) -> frozenset[int] | None:
 
 
 def _serves_attention_only(flow: Flow, source: Op, mix: Op) -> bool:
-    """Whether what an operation makes meets no weight, and nothing that attention has averaged: a residual stream does, and is no query."""
+    """Whether what an operation makes meets neither a stream, nor another weight, nor what attention has averaged.
+
+    It does where it is a residual stream, and not what was made for this attention.
+    """
+    if any(flow.modulates(source, op) for _, op in flow.joining(source, mix)):
+        return False
     ways = set(reached(source, lambda op: () if op is mix else flow.users[op])) - {source, mix}
     averaged: set[Op] = set(reached(mix, flow.users.__getitem__))
     if not ways.isdisjoint(averaged):

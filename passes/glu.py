@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pe_fx.graph.channels import Channels, arriving
@@ -32,8 +32,9 @@ class Glu:
     kind: str = "glu"
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
-        units = [unit for op in flow.ops if (unit := _unit(flow, op)) is not None]
-        yield from _in_parts(flow, self.kind)
+        found = [(op, product) for op in flow.ops if op.weight is not None and (product := _product_before(flow, op)) is not None]
+        units = [unit for op, product in found if (unit := _unit(flow, product, op)) is not None]
+        yield from _in_parts(flow, self.kind, found)
         uses: dict[Op, set[Unit]] = {}
         for unit in units:
             for op in (unit.first.op, unit.second.op, unit.last):
@@ -92,15 +93,12 @@ class _Unit:
         return self.second if self.first.state.activations > self.second.state.activations else self.first
 
 
-def _unit(flow: Flow, last: Op) -> _Unit | None:
+def _unit(flow: Flow, product: Op, last: Op) -> _Unit | None:
     """The product before `last`, if its factors are two projections of one value, one of them activated.
 
     A factor may have passed a weight along another axis since.
     """
-    if last.weight is None or last.is_depthwise:
-        return None
-    product = _product_before(flow, last)
-    if product is None or len(product.inputs) != 2:
+    if last.weight is None or last.is_depthwise or len(product.inputs) != 2:
         return None
     feeders = [source for factor in product.inputs if (source := _feeder(flow, factor, last)) is not None]
     if len(feeders) != 2:
@@ -144,12 +142,20 @@ def _product_before(flow: Flow, last: Op) -> Op | None:
         if op.kind is Kind.PRODUCT:
             found = op
         wide = [source for source in op.inputs if len(op.inputs) == 1 or _size(source, last.in_axis) == _size(op, last.in_axis)]
-        if len(wide) > 1 and (value := flow.activated(op)) is not None:
-            wide = [value]
-        elif len(wide) > 1:
-            wide = [source for source in wide if _fitting(flow, source, last)]
+        if len(wide) > 1:
+            wide = _carrying(flow, op, wide, last)
         op = wide[0] if len(wide) == 1 else None
     return found
+
+
+def _carrying(flow: Flow, op: Op, wide: list[Op], last: Op) -> list[Op]:
+    """Of several operands, those that may have brought the channels of a product."""
+    before = flow.dominator(op)
+    if before in wide and op.kind is not Kind.PRODUCT:
+        return []  # the sum of a residual block
+    if before is not None and flow.is_function(op, before):
+        return [before]
+    return [source for source in wide if _fitting(flow, source, last)]
 
 
 def _size(op: Op, axis: int) -> int:
@@ -165,14 +171,12 @@ def _branch(flow: Flow, factor: Op, product: Op, source: Op, loosely: bool) -> _
     return _Branch(source, source.weight, state) if is_factor and state is not None else None
 
 
-def _in_parts(flow: Flow, kind: str) -> Iterator[Miss]:
+def _in_parts(flow: Flow, kind: str, found: Iterable[tuple[Op, Op]]) -> Iterator[Miss]:
     """Units whose gate and values come joined from several uses of one weight, such as each expert's part of it."""
     seen: set[tuple[str, ...]] = set()
-    for last in flow.ops:
-        product = _product_before(flow, last) if last.weight is not None else None
-        if product is None or last.weight is None:
-            continue
+    for last, product in found:
         down = last.weight
+        assert down is not None
         ups = [op.weight for op in flow.backward(product, _JOINED, lambda op: op.weight is not None) if op.weight is not None]
         names = tuple(dict.fromkeys((*(up.name for up in ups), down.name)))
         fits = all(up.matrix == (2 * down.inputs, down.outputs) for up in ups)

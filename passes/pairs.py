@@ -18,7 +18,7 @@ from pe_fx.graph.walks import reached
 from pe_fx.ties import Block, Miss, Site, Tie
 
 _HARMLESS = {Kind.VIEW, Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.NORM, Kind.POOL, Kind.CONV, Kind.SOFTMAX, Kind.REDUCE}
-_PRODUCTS = {Kind.MATMUL, Kind.ATTEND}
+_ENTRYWISE = {Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.WRITE}
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,21 @@ def could_make(op: Op, second: Op) -> bool:
 
 
 def _reaches_alone(flow: Flow, first: Op, second: Op) -> bool:
-    return flow.dominates(first, second) or (_is_modulated(flow, first, second) and not rivals(flow, first, second))
+    if flow.dominates(first, second):
+        return True
+    return _is_modulated(flow, first, second) and not _arriving(flow, first, second).lost and not rivals(flow, first, second)
 
 
 def _is_modulated(flow: Flow, first: Op, second: Op) -> bool:
-    """Whether the channels of `first` reach the weight of `second`, which fits, past nothing but values that join in entry by entry."""
+    """Whether `first` fits `second`, and what joins in from elsewhere between them does so entry by entry."""
     if not Pair(first, second, ()).is_transposed:
         return False
     joins = dict.fromkeys(op for _, op in flow.joining(first, second))
-    if any(op.kind in _PRODUCTS or flow.modulates(first, op) for op in joins):
-        return False
-    return arriving(flow.trace(first, second), second).tags is not None
+    return all(op.kind in _ENTRYWISE and not flow.modulates(first, op) for op in joins)
+
+
+def _arriving(flow: Flow, first: Op, second: Op) -> Channels:
+    return arriving(flow.trace(first, second), second)
 
 
 def match_pairs(flow: Flow, kind: str, accept: Callable[[Pair], bool]) -> Iterator[Site | Miss]:
@@ -144,7 +148,7 @@ def obstacle(flow: Flow, pair: Pair) -> str | None:
     first, second = pair.weights
     if first.name == second.name:
         return f"{first.name} is both weights"
-    state = arriving(flow.trace(pair.first, pair.second), pair.second)
+    state = _arriving(flow, pair.first, pair.second)
     reason = _channel_obstacle(pair, state)
     if reason is None and not state.activations:
         reason = f"no nonlinearity stands between {first.name} and {second.name}: tied, they would be one symmetric map"
@@ -239,7 +243,7 @@ def near_misses(flow: Flow) -> Iterator[Miss]:
 def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
     """The next weights after `first`, and whether all of it goes there.
 
-    Those beside which something joins in from elsewhere only where the shapes fit, and the channels arrive and were activated.
+    Those beside which something joins in from elsewhere only where the shapes fit, and the channels were activated, or lost.
     """
     is_free = _is_matrix(first) and not _is_claimed(flow, first)
 
@@ -248,7 +252,8 @@ def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
             return True
         if not (is_free and op.is_projection and _is_modulated(flow, first, op)):
             return False
-        return arriving(flow.trace(first, op), op).activations > 0 and (closed or not _is_one_of_streams(flow, first, op))
+        state = _arriving(flow, first, op)
+        return bool(state.activations or state.lost) and (closed or not _is_one_of_streams(flow, first, op))
 
     seen: set[Op] = set()
     for op in flow.inevitable(first):
@@ -321,7 +326,7 @@ def _kernel_reason(pair: Pair) -> str | None:
 
 
 def _would_fit_otherwise(flow: Flow, pair: Pair) -> bool:
-    state = arriving(flow.trace(pair.first, pair.second), pair.second)
+    state = _arriving(flow, pair.first, pair.second)
     return bool(state.activations) and _channel_obstacle(pair, state) is None
 
 

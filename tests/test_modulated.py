@@ -214,6 +214,22 @@ def test_residual_stream_is_no_query() -> None:
     assert re.search("the queries of .* are not made by one weight alone", plan.explain())
 
 
+def test_queries_that_a_residual_block_makes() -> None:
+    """As GCViT's global queries: the block's last weight fits, but the queries are a stream to which it adds."""
+
+    def forward(m: Net, x: Tensor, y: Tensor) -> Tensor:
+        y = y + m.b(m.c(y.mT).mT.relu())
+        return m.o(F.scaled_dot_product_attention(heads(y), heads(m.k(x)), heads(m.v(x))).transpose(1, 2).flatten(2))
+
+    net = Net(forward, c=nn.Conv1d(D, D, 3, padding=1), **{name: linear(D, D) for name in "bkvo"})
+    assert ties(pe_fx.plan(net, (X, torch.randn(2, 6, D)))) == ["v.weight ← k.weightᵀ"]
+
+
+def test_unknown_operation_beside_a_modulation() -> None:
+    net = ffn(lambda m, x, mask: m.b((m.a(x) * mask).cumsum(-1).relu()))
+    assert_miss(net, (X, MASK), r"between a\.weight and b\.weight the value passes cumsum")
+
+
 # ---- memory that is written and read back
 
 

@@ -186,12 +186,14 @@ class Flow:
         """The nearest operation with a weight that every way to `op` leads through (itself, if it has one)."""
         return self._feeders[op.index]
 
-    def activated(self, op: Op) -> Op | None:
-        """The one value that `op` is an elementwise function of, though it has several operands: h, where op is h * sigmoid(h)."""
-        index = self._idom[op.index]
-        value = self.ops[index] if index >= 0 else None
-        is_function = value is not None and all(step.kind in _ELEMENTWISE for step in self.between(value, op))
-        return value if is_function else None
+    def dominator(self, op: Op) -> Op | None:
+        """The nearest operation before `op` that every way to it leads through."""
+        index = self._idom.get(op.index, -1)
+        return self.ops[index] if index >= 0 else None
+
+    def is_function(self, op: Op, of: Op) -> bool:
+        """Whether `op` is an elementwise function of one value, though it has several operands: h * sigmoid(h) is one of h."""
+        return all(step.kind in _ELEMENTWISE for step in self.between(of, op))
 
     def inevitable(self, op: Op) -> Iterator[Op]:
         """The operations after `op` that every way to the outputs leads through, nearest first."""
