@@ -331,13 +331,20 @@ def _serves_attention_only(flow: Flow, source: Op, mix: Op) -> bool:
 
     It does where it is a residual stream, and not what was made for this attention.
     """
-    if any(flow.modulates(source, op) for _, op in flow.joining(source, mix)):
+    if any(flow.modulates(source, op) and not _is_like(flow, value, source) for value, op in flow.joining(source, mix)):
         return False
     ways = set(reached(source, lambda op: () if op is mix else flow.users[op])) - {source, mix}
     averaged: set[Op] = set(reached(mix, flow.users.__getitem__))
     if not ways.isdisjoint(averaged):
         return False
     return not any(op.weight is not None and not op.is_depthwise and _meets_channels(flow, source, op) for op in ways)
+
+
+def _is_like(flow: Flow, value: Op, source: Op) -> bool:
+    """Whether a value is made by matrices of the same shape as that of `source`, as the values of another layer are."""
+    makers = flow.makers(value)
+    alike = [op for op in makers if op.is_projection and op.weight and source.weight and op.weight.matrix == source.weight.matrix]
+    return bool(makers) and alike == makers
 
 
 def _meets_channels(flow: Flow, source: Op, op: Op) -> bool:

@@ -253,7 +253,9 @@ def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
         if not (is_free and op.is_projection and _is_modulated(flow, first, op)):
             return False
         state = _arriving(flow, first, op)
-        return bool(state.activations or state.lost) and (closed or not _is_one_of_streams(flow, first, op))
+        if closed and not state.lost:
+            return state.activations > 0
+        return bool(state.activations or state.lost) and not _is_one_of_streams(flow, first, op)
 
     seen: set[Op] = set()
     for op in flow.inevitable(first):

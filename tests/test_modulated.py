@@ -153,6 +153,24 @@ def test_low_rank_updates_of_queries_and_values() -> None:
     assert_hit(Net(forward, **{name: linear(D, D) for name in "qkvo"}, **low), X, *SITE, kind="attention")
 
 
+def test_values_of_the_first_layer_mixed_into_those_of_the_next() -> None:
+    """What the first layer made serves it, too: the next one's own values are those that it makes alone."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        first = None
+        for layer in m.layers:
+            q, k, v = (heads(part(x)) for part in layer[:3])
+            first = v if first is None else first
+            x = x + layer[3](F.scaled_dot_product_attention(q, k, v.lerp(first, 0.3)).transpose(1, 2).flatten(2))
+        return x
+
+    net = Net(forward, layers=nn.ModuleList(nn.ModuleList(linear(D, D) for _ in range(4)) for _ in range(3)))
+    expected = [
+        tie for i in range(3) for tie in (f"layers.{i}.2.weight ← layers.{i}.1.weightᵀ", f"layers.{i}.3.weight ← layers.{i}.0.weightᵀ")
+    ]
+    assert_hit(net, X, *expected, kind="attention")
+
+
 # ---- misses: a rival, a stream, a gate
 
 

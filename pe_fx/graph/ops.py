@@ -56,12 +56,13 @@ _NAMES: dict[Kind, str] = {
     Kind.POINTWISE: """
         add sub rsub neg negative dropout native_dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d
         dropout3d contiguous clone alias detach to to_copy type type_as float half bfloat16 double lift_fresh lift_fresh_copy
-        positive masked_fill add_relu iadd isub copy conj resolve_conj nan_to_num
+        positive masked_fill add_relu iadd isub copy conj resolve_conj nan_to_num lerp
     """,
     Kind.NONLINEAR: """
         relu relu6 gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu selu celu softplus prelu rrelu
         softsign tanhshrink softshrink hardshrink logsigmoid log_sigmoid threshold exp exp2 log log1p log2 expm1 sqrt rsqrt square
         pow ipow abs sign sin cos erf reciprocal clamp clamp_min clamp_max clip maximum minimum floor round where bernoulli
+        tan atan atan2 sinh cosh asinh acosh atanh sinc frac trunc remainder fmod erfc log10 logaddexp hypot heaviside sgn
         gt ge lt le eq ne logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not isnan isinf isfinite
     """,
     Kind.PRODUCT: "mul multiply div divide true_divide truediv imul itruediv addcmul addcdiv",
