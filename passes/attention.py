@@ -331,7 +331,8 @@ def _serves_attention_only(flow: Flow, source: Op, mix: Op) -> bool:
 
     It does where it is a residual stream, and not what was made for this attention.
     """
-    if any(flow.modulates(source, op) and not _is_like(flow, value, source) for value, op in flow.joining(source, mix)):
+    large = ((value, op) for value, op in flow.joining(source, mix) if value.shape == op.shape)
+    if any(flow.modulates(source, op) and not _is_like(flow, value, source) for value, op in large):
         return False
     ways = set(reached(source, lambda op: () if op is mix else flow.users[op])) - {source, mix}
     averaged: set[Op] = set(reached(mix, flow.users.__getitem__))
