@@ -1,18 +1,19 @@
 """`python examples/sweep.py --set timm`: plans, ties and verifies every model of a library, one CSV row for each.
 
-Sets: timm (all of `timm.list_models()`), torchvision (classification, segmentation and detection) and transformers (every
-architecture that has a configuration class, built small). All weights are random; nothing is downloaded. Every model runs in a
-process of its own with a time limit, two at a time. Rows are appended as they come: call it again and it goes on where it
+Sets: timm (all of `timm.list_models()`), torchvision (classification, segmentation and detection), transformers (every
+architecture that has a configuration class, built small), diffusers (every class in `diffusers.models`, built small) and paper (the
+models of the paper's tables that timm lacks). All weights are random; nothing is downloaded. Every model runs in a process of its own
+with a time limit, two at a time. Rows are appended as they come: call it again and it goes on where it
 stopped, `--retry-errors` and `--again` do some models once more, and `--summary` writes the page `examples/sweep.md`.
 
     python examples/sweep.py --plan-only                       # graphs and sites only, a few seconds per model
     python examples/sweep.py --set timm --filter 'vit_*' --again
-    python examples/sweep.py --set transformers --retry-errors
+    python examples/sweep.py --set diffusers --retry-errors
     python examples/sweep.py --summary
 
 Models are planned on the meta device, so that their weights are never allocated; those that cannot be built there, and all of
-transformers, are built in memory. What is verified has at most `--max-params` parameters: the model, or else a shallow variant
-where the constructor takes a depth; on small images where the model takes them.
+transformers and diffusers, are built in memory. What is verified has at most `--max-params` parameters: the model, or else a shallow
+variant where the constructor takes a depth; on small images where the model takes them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from pathlib import Path
 
 import torch
 import zoo
+import zoo_diffusers
+import zoo_paper
 import zoo_transformers
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
@@ -55,6 +58,8 @@ LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[[str], Entry]]] = {
     "timm": (zoo.timm_names, zoo.timm_entry),
     "torchvision": (zoo.torchvision_names, zoo.torchvision_entry),
     "transformers": (zoo_transformers.names, zoo_transformers.entry),
+    "diffusers": (zoo_diffusers.names, zoo_diffusers.entry),
+    "paper": (zoo_paper.names, zoo_paper.entry),
 }
 COLUMNS = (
     *("library", "model", "family", "params", "params_tied", "sites", "misses", "nodes", "capture_s", "match_s", "rewrite_s"),
@@ -91,7 +96,8 @@ def work(key: str, *, plan_only: bool, max_params: int) -> Row:
 
 def new_row(key: str, error: str = "") -> Row:
     library, _, name = key.partition("/")
-    versions = f"{library} {importlib.metadata.version(library)}, torch {torch.__version__.partition('+')[0]}"
+    package = zoo_paper.PACKAGES.get(name, library)
+    versions = f"{package} {importlib.metadata.version(package)}, torch {torch.__version__.partition('+')[0]}"
     filled = {"library": library, "model": name, "error": error, "versions": versions, "date": datetime.date.today().isoformat()}
     return dict.fromkeys(COLUMNS, "") | filled
 

@@ -12,28 +12,31 @@ from tables import markdown
 
 Row = dict[str, str]
 
-PAPER = (  # the models of the tables of arXiv 2401.16438 that timm has
+PAPER = (  # the models of the tables of arXiv 2401.16438
     *("deit_tiny_patch16_224", "deit_small_patch16_224"),
+    *("pvt_tiny", "pvt_small", "pvt_medium", "pvt_large"),
     *("pvt_v2_b1", "pvt_v2_b2", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5"),
+    *("t2t_vit_14", "t2t_vit_19", "t2t_vit_24"),
     *("tnt_s_legacy_patch16_224", "tnt_b_patch16_224"),
     *("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224"),
+    *("cvt_13", "cvt_21"),
     *("twins_svt_small", "twins_svt_base", "twins_svt_large"),
     *("resnet18", "resnet34", "resnet50"),
 )
 
 
 INTRODUCTION = """\
-# Every model of timm, torchvision and transformers
+# Every model of timm, torchvision, transformers and diffusers
 
 This page is written by `python examples/sweep.py --summary` from [sweep.csv](sweep.csv).
 
 `python examples/sweep.py` plans, transforms and verifies whole libraries of models, each in a process of its own, one row for each; it goes
 on where it stopped. Models of more than 100 M parameters are planned on the meta device and verified as shallow variants, where the
 constructor takes a depth ("too large": where it does not). Of transformers, a small model is made from the configuration of each
-architecture; "not built" are those for which that failed, and the errors are graphs that torch.export cannot capture. "In float64" are
-models whose float32 gradients are mostly rounding (a batch norm of two values, standardised weights): there the comparison was repeated.
-"Match / capture" is the median share of the capture's time that matching and rewriting take; timm and torchvision were run with the
-present code, transformers with one that planned more slowly."""
+architecture, of diffusers one from each constructor's defaults; "not built" are those for which that failed, and the errors are graphs
+that torch.export cannot capture. "In float64" are models whose float32 gradients are mostly rounding (a batch norm of two values,
+standardised weights): there the comparison was repeated. "Match / capture" is the median share of the capture's time that matching and
+rewriting take; timm, torchvision and diffusers were run with the present code, transformers with one that planned more slowly."""
 
 WITHOUT = """\
 Models of timm without a site are chains of 3x3 convolutions (VGG, ResNet18, RepVGG, Darknet), blocks that join all they made (VoVNet,
@@ -44,7 +47,9 @@ nesting and random options: each is planned as expected, equals its dense twin a
 
 ## The models of the paper
 
-Those of the paper's tables that timm has (no T2T-ViT, CvT, PVT v1 or Focal Transformer); all with sites are verified:"""
+At the paper's sizes, by the names that they have in timm; PVT and CvT are transformers' ("pvt_…", "cvt_…") and T2T-ViT is mmpretrain's,
+which is optional (`pip install mmpretrain mmcv-lite mmengine-lite`). Focal Transformer (Tiny, Small and Base) is in no package that was
+found: the FocalNet of timm and transformers is another model, without attention. All with sites are verified:"""
 
 MISSES = """\
 ResNet18 and 34 have no bottleneck, only pairs of 3x3 convolutions.
@@ -55,14 +60,22 @@ By how often it occurs: matrices that are no transposes of each other; 3x3 convo
 it; grouped 1x1 convolutions; attention whose q, k, v or output is not made by one square matrix; hidden values that something else reads,
 too; gates whose two factors are both activated, or are mixed over positions. Every reason, without the names and numbers of the models:"""
 
+UNBUILT = """\
+## Not built
+
+Of transformers and diffusers, models of which no small one was found that runs. "Options": none of the sets of options tried makes a
+model, as where a constructor takes other models; "inputs": a model was made, and none of the inputs tried, which are made by the names in
+its signature, went through. The rows have the errors:"""
+
 ERRORS = """\
 ## Errors
 
-Of models that could be built and fed; why others could not is in the rows:"""
+Of models that could be built and fed:"""
 
 
 def page(rows: Sequence[Row]) -> str:
-    parts = [INTRODUCTION, outcomes(rows), WITHOUT, paper(rows), MISSES, misses(rows)]
+    libraries = [row for row in rows if row["library"] != "paper"]
+    parts = [INTRODUCTION, outcomes(libraries), WITHOUT, paper(rows), MISSES, misses(libraries), UNBUILT, unbuilt(libraries)]
     if any(row["error"] and not _is_unbuilt(row) for row in rows):
         parts += [ERRORS, errors(rows)]
     return "\n\n".join(parts) + "\n"
@@ -130,7 +143,7 @@ def _is_unbuilt(row: Row) -> bool:
 
 def paper(rows: Sequence[Row]) -> str:
     """The paper's models before and after."""
-    by_name = {row["model"]: row for row in rows if row["library"] == "timm" and row["params"]}
+    by_name = {row["model"]: row for row in rows if row["library"] in ("timm", "paper") and row["params"]}
     lines = []
     for name in PAPER:
         if row := by_name.get(name):
@@ -150,6 +163,16 @@ def misses(rows: Sequence[Row]) -> str:
         models.update(own.keys())
     lines = [(f"{count:,}", str(models[reason]), reason) for reason, count in number.most_common()]
     return markdown(("misses", "models", "reason"), lines)
+
+
+def unbuilt(rows: Sequence[Row]) -> str:
+    """The models that were not built, by library and by what was not found."""
+    models: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in filter(_is_unbuilt, rows):
+        found = re.search(r"BuildError: no (\w+) fit", row["error"])
+        models[row["library"], found[1] if found else "not told"].append(row["model"])
+    lines = [(library, what, str(len(names)), ", ".join(names)) for (library, what), names in sorted(models.items())]
+    return markdown(("library", "no fitting", "models", "which"), lines)
 
 
 def errors(rows: Sequence[Row]) -> str:

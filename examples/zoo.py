@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from torchvision import models as vision  # type: ignore[import-untyped]
 
 SMALL = (96, 112, 128)
 """Image sizes to verify at: a graph's ties do not depend on the size, the time does."""
+LARGEST = 5e8
+"""The most parameters that a model may have that is built in memory."""
 
 
 @dataclass
@@ -103,6 +106,67 @@ TIMM_SHALLOW = (
     {"depths": (2, 2, 2)},
     {"num_layers": 2},
 )
+
+
+class BuildError(Exception):
+    """No configuration and no inputs were found with which the model runs."""
+
+
+def small_entry(
+    family: str,
+    builds: Mapping[str, Callable[[], nn.Module]],
+    variants: Callable[[Any], Iterator[Iterator[dict[str, Any]]]],
+) -> Entry:
+    """The entry of an architecture of which the first of some builds is taken that runs with any inputs.
+
+    `variants` yields, for a model, variants of inputs, each a number of alternatives that may fit.
+    """
+
+    def candidates() -> Iterator[Built]:
+        errors: list[str] = []
+        what = "options"
+        for how, build in builds.items():
+            try:
+                if count(on_meta(build)) > LARGEST:
+                    continue
+                model = build().eval()
+            except Exception as error:
+                errors.append(f"{how}: {one_line(error)}")
+                continue
+            what = "inputs"
+            fitting = False
+            for variant in variants(model):
+                inputs = _fitting(model, variant, errors)
+                if inputs is not None:
+                    fitting = True
+                    yield Built(model, inputs, how)
+            if fitting:
+                return
+        raise BuildError(f"no {what} fit: {'; '.join(dict.fromkeys(errors))}")
+
+    return Entry(family, candidates, lambda limit, planned: planned if count(planned.model) <= limit else None)
+
+
+def _fitting(model: nn.Module, variant: Iterator[dict[str, Any]], errors: list[str]) -> dict[str, Any] | None:
+    """The first of the inputs with which the model runs."""
+    for inputs in variant:
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except Exception as error:
+            errors.append(f"{', '.join(inputs)}: {one_line(error)}")
+        else:
+            return inputs
+    return None
+
+
+def alternatives(values: Mapping[str, Iterable[Any]], limit: int) -> Iterator[dict[str, Any]]:
+    """
+    >>> list(alternatives({"ids": [1], "mask": [None, 2]}, limit=60))
+    [{'ids': 1, 'mask': None}, {'ids': 1, 'mask': 2}]
+    """
+    for chosen in itertools.islice(itertools.product(*map(list, values.values())), limit):
+        yield dict(zip(values, chosen, strict=True))
 
 
 def timm_names() -> list[str]:

@@ -6,6 +6,7 @@ The rules below shrink every configuration alike, by what its fields' names say;
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from zoo import Built, Entry, count, on_meta, one_line
+from zoo import Entry, alternatives, small_entry
 
 HEADS = (
     "MODEL",
@@ -119,47 +120,8 @@ def entry(name: str) -> Entry:
     def build(scale: Scale) -> Any:
         return model_class(configuration_class(**shrunk(configuration_class(), scale) | OVERRIDES.get(name, {})))
 
-    def candidates() -> Iterator[Built]:
-        errors: list[str] = []
-        for scale in SCALES:
-            try:
-                if count(on_meta(lambda scale=scale: build(scale))) > 5e8:  # type: ignore[misc]
-                    continue
-                model = build(scale).eval()
-            except Exception as error:
-                errors.append(f"{scale.how}: {one_line(error)}")
-                continue
-            fitting = False
-            for variant in inputs_for(model):
-                inputs = _fitting(model, variant, errors)
-                if inputs is not None:
-                    fitting = True
-                    yield Built(model, inputs, scale.how)
-            if fitting:
-                return
-        raise BuildError("; ".join(dict.fromkeys(errors)))
-
-    def verifiable(limit: int, planned: Built) -> Built | None:
-        return planned if count(planned.model) <= limit else None
-
-    return Entry(configuration_class.__module__.split(".")[-2], candidates, verifiable)
-
-
-def _fitting(model: nn.Module, variant: Iterator[dict[str, Any]], errors: list[str]) -> dict[str, Any] | None:
-    """The first of the inputs with which the model runs."""
-    for inputs in variant:
-        try:
-            with torch.no_grad():
-                model(**inputs)
-        except Exception as error:
-            errors.append(f"{', '.join(inputs)}: {one_line(error)}")
-        else:
-            return inputs
-    return None
-
-
-class BuildError(Exception):
-    """No configuration and no inputs were found with which the model runs."""
+    builds = {scale.how: functools.partial(build, scale) for scale in SCALES}
+    return small_entry(configuration_class.__module__.split(".")[-2], builds, inputs_for)
 
 
 def shrunk(configuration: Any, scale: Scale) -> dict[str, Any]:
@@ -246,12 +208,7 @@ def inputs_for(model: Any) -> Iterator[Iterator[dict[str, Any]]]:
     mask = [name for name in ("attention_mask", "decoder_attention_mask") if name in parameters]
     variants = (names + text + media, names + text, names, names + text + mask)
     for chosen in {tuple(dict.fromkeys(variant)): None for variant in variants}:
-        yield _alternatives(chosen, configuration)
-
-
-def _alternatives(names: Sequence[str], configuration: Any) -> Iterator[dict[str, Any]]:
-    for values in itertools.islice(itertools.product(*(list(_values(name, configuration)) for name in names)), 60):
-        yield dict(zip(names, values, strict=True))
+        yield alternatives({name: _values(name, configuration) for name in chosen}, limit=60)
 
 
 def _values(name: str, configuration: Any) -> Iterator[Any]:
