@@ -195,11 +195,12 @@ def _samples(name: str, options: Mapping[str, Any], given: Mapping[str, Any]) ->
     if name == "audio_hidden_states":
         keys = ["audio_in_channels"]
     found = [options[key] for key in keys if type(options.get(key)) is int][: 2 if name == "controlnet_cond" else 1]
+    sides = (2 * SIDE if name == "sample" else SIDE, 4 * SIDE, 8 * SIDE)  # an autoencoder makes little of much, its norms need some
     tokens = {"img_ids", "img_shapes", "num_frames", "position_ids"} & set(given)
     for channels in found or (3, 1, 4, WIDTH):
         if tokens:
             yield torch.randn(2, LENGTH, channels)
-        for side in (SIDE, 4 * SIDE, 8 * SIDE) if name != "z" else (2,):  # a decoder makes much of little
+        for side in sides:
             yield torch.randn(2, channels, side, side)
             for frames in (FRAMES, 5):
                 yield torch.randn(2, channels, frames, side, side)
