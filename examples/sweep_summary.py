@@ -65,7 +65,7 @@ UNBUILT = """\
 
 Of transformers and diffusers, models of which no small one was found that runs. "Options": none of the sets of options tried makes a
 model, as where a constructor takes other models; "inputs": a model was made, and none of the inputs tried, which are made by the names in
-its signature, went through. The rows have the errors:"""
+its signature, went through; "not told": rows of before this was told. The rows have the errors:"""
 
 ERRORS = """\
 ## Errors
