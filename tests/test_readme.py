@@ -117,7 +117,7 @@ def test_pages_of_rows_are_written_by_their_scripts(script: str, option: str, tm
 
 
 @pytest.mark.usefixtures("examples")
-@pytest.mark.parametrize("script", ["accuracy_summary", "sweep", "tables"])
+@pytest.mark.parametrize("script", ["accuracy_summary", "sweep", "tables", "zoo"])
 def test_examples_in_the_scripts_run(script: str) -> None:
     result = doctest.testmod(importlib.import_module(script))
     assert result.attempted
