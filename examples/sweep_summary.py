@@ -49,7 +49,7 @@ nesting and random options: each is planned as expected, equals its dense twin a
 
 At the paper's sizes, by the names that they have in timm; PVT and CvT are transformers' ("pvt_…", "cvt_…") and T2T-ViT is mmpretrain's,
 which is optional (`pip install mmpretrain mmcv-lite mmengine-lite`). Focal Transformer (Tiny, Small and Base) is in no package that was
-found: the FocalNet of timm and transformers is another model, without attention. All with sites are verified:"""
+found: the FocalNet of timm and transformers is another model, without attention:"""
 
 MISSES = """\
 ResNet18 and 34 have no bottleneck, only pairs of 3x3 convolutions.
@@ -149,8 +149,8 @@ def paper(rows: Sequence[Row]) -> str:
         if row := by_name.get(name):
             before, after = int(row["params"]), int(row["params_tied"])
             sites = ", ".join(f"{number} {kind}" for kind, number in json.loads(row["sites"]).items()) or "none"
-            lines.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}", sites))
-    return markdown(("model", "dense", "tied", "", "sites"), lines)
+            lines.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}", sites, row["verified"]))
+    return markdown(("model", "dense", "tied", "", "sites", "verified"), lines)
 
 
 def misses(rows: Sequence[Row]) -> str:
