@@ -327,17 +327,11 @@ def _positions_in(tags: Tensor, axis: int) -> frozenset[int] | None:
 
 
 def _serves_attention_only(flow: Flow, source: Op, mix: Op) -> bool:
-    """Whether what an operation makes meets neither a stream, nor another weight, nor what attention has averaged.
-
-    It does where it is a residual stream, and not what was made for this attention.
-    """
+    """Whether what an operation makes meets neither a residual stream nor another weight on the ways into attention or past it."""
     large = ((value, op) for value, op in flow.joining(source, mix) if value.shape == op.shape)
     if any(flow.modulates(source, op) and not _is_like(flow, value, source) for value, op in large):
         return False
     ways = set(reached(source, lambda op: () if op is mix else flow.users[op])) - {source, mix}
-    averaged: set[Op] = set(reached(mix, flow.users.__getitem__))
-    if not ways.isdisjoint(averaged):
-        return False
     return not any(op.weight is not None and not op.is_depthwise and _meets_channels(flow, source, op) for op in ways)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import Net, assert_equals_twin, assert_hit, assert_idempotent, linear, ties
-from torch import Tensor
+from torch import Tensor, nn
 
 import pe_fx
 
@@ -80,6 +80,23 @@ def test_streams_that_meet_again_before_the_output() -> None:
     made = pe_fx.plan(joint(lambda m, y: (m.o(y[:, :6]), m.ao(y[:, 4:]))), (X, C))
     assert set(ties(made)) == set(TIES[:2])
     assert made.misses
+
+
+def test_streams_that_are_read_together_too() -> None:
+    made = pe_fx.plan(joint(lambda m, y: (*parted(m, y), y.mean())), (X, C))
+    assert set(ties(made)) == set(TIES[:2])
+
+
+def test_blocks_one_after_another() -> None:
+    """The last one's output is the only projection that all of the first one's values go through."""
+
+    def forward(m: Net, x: Tensor, c: Tensor) -> Tensor:
+        for block in m.blocks:
+            x, c = (value + new for value, new in zip((x, c), block(x, c), strict=True))
+        return m.head(torch.cat([x, c], 1))
+
+    net = Net(forward, blocks=nn.ModuleList(joint(parted) for _ in range(2)), head=linear(D, D))
+    hit(net, (X, C), *(f"blocks.{i}.{tie.replace('← ', f'← blocks.{i}.')}" for i in range(2) for tie in TIES))
 
 
 def test_streams_of_other_widths() -> None:

@@ -209,6 +209,11 @@ def test_gate_is_no_partner_of_the_next_weight(gate: Forward) -> None:
     assert not pe_fx.plan(net, X).ties
 
 
+def test_gate_made_of_a_condition_is_no_partner_of_the_next_weight() -> None:
+    net = Net(lambda m, x, c: m.o(x * m.g(c).sigmoid()), g=linear(D, D), o=linear(D, D))
+    assert not pe_fx.plan(net, (X, torch.randn(2, 1, D))).ties
+
+
 def test_modulated_value_that_is_read_elsewhere() -> None:
     net = ffn(lambda m, x, mask: (h := m.a(x).relu() * mask, m.b(h)))
     assert_miss(net, (X, MASK), r"the value between a\.weight and b\.weight is read elsewhere too")

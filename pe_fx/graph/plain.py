@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pe_fx.errors import CaptureError
-from pe_fx.graph.ops import COPIES, KINDS, Kind, base_name, is_in_place, keeps_order, may_alias, value_of
+from pe_fx.graph.ops import KINDS, Kind, base_name, is_in_place, keeps_order, may_alias, value_of
 from pe_fx.graph.walks import reached
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def _spell_out_joined_outputs(graph: fx.Graph) -> None:
         parts: Any = joined.args[0]
         dim: Any = joined.kwargs.get("dim", joined.args[1] if len(joined.args) > 1 else 0)
         rank = len(value_of(joined).shape)
-        if not _is_read_as_it_is(weight) or dim % rank != rank - 1 or not any(map(_is_averaged, parts)):
+        if not isinstance(weight, fx.Node) or dim % rank != rank - 1 or not any(map(_is_averaged, parts)):
             continue
         total: fx.Node | None = None
         start = 0
@@ -155,13 +155,6 @@ def _spell_out_joined_outputs(graph: fx.Graph) -> None:
         assert total is not None
         node.replace_all_uses_with(total)
         graph.erase_node(node)
-
-
-def _is_read_as_it_is(weight: Any) -> bool:
-    """Whether a weight is one parameter, or a copy of one in another dtype, and not put together of others."""
-    while isinstance(weight, fx.Node) and weight.op.startswith("call") and base_name(weight) in COPIES:
-        weight = weight.args[0]
-    return isinstance(weight, fx.Node) and not weight.op.startswith("call")
 
 
 def _call_like(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
