@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 import pe_fx
 from pe_fx import CaptureError
-from pe_fx.graph.capture import Captured, _sharing_copy, capture
+from pe_fx.graph.capture import Captured, capture
 from pe_fx.graph.inputs import as_arguments, derive_inputs, tensors_in
 from pe_fx.graph.ops import value_of
+from pe_fx.graph.routes import recorded, sharing_copy
 
 X = torch.randn(3, 5, 8)
 TIE = "fc2.weight ← fc1.weightᵀ"
@@ -513,7 +514,7 @@ def test_a_dtype_that_nothing_takes_is_told_as_it_was() -> None:
 def test_the_copy_shares_every_parameter_and_buffer() -> None:
     model = nn.Sequential(linear(8, 16), nn.BatchNorm1d(16), linear(16, 8))
     model.table = torch.randn(100)
-    copied = _sharing_copy(model, training=True)
+    copied = sharing_copy(model, training=True)
     assert copied is not model
     assert copied[0] is not model[0]
     assert all(a is b for a, b in zip(copied.parameters(), model.parameters(), strict=True))
