@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from pe_fx.errors import CaptureError, first_line
-from pe_fx.graph.inputs import ExampleInputs, as_arguments, derive_inputs, enumerate_tensors, tensors_in
+from pe_fx.graph.derive import derive_inputs
+from pe_fx.graph.inputs import ExampleInputs, as_arguments, enumerate_tensors, tensors_in
 from pe_fx.graph.ops import COPIES, GATHERS, base_name, value_of
 from pe_fx.graph.plain import plain
 from pe_fx.graph.routes import Flattened, Traced, exported, qualified, recorded, run
@@ -112,8 +113,7 @@ def _failure(model: nn.Module, failed: list[tuple[ExampleInputs, list[Exception]
     if not refused:
         what = f"{_by_mode(errors)}; nor by recording a run ({first_line(errors[-1])}), though it runs"
         hint = (
-            'tie what torch.compile sees of it: run torch.compile(model, backend="pe_fx") once on inputs of yours, '
-            "then pe_fx.commit(model)"
+            'tie what torch.compile sees of it: run torch.compile(model, backend="pe_fx") once on inputs of yours, then pe_fx.commit(model)'
         )
     elif any(tensor.is_meta for tensor in (*model.parameters(), *tensors_in(inputs))) and any("meta" in str(each) for each in refused):
         what = _by_mode(errors)
@@ -121,7 +121,7 @@ def _failure(model: nn.Module, failed: list[tuple[ExampleInputs, list[Exception]
     else:
         what = _by_mode(refused)
         hint = f"check that model(*example_inputs) runs: forward takes {takes}" if given else pass_them
-    shapes = [f"{key} {tuple(value.shape)}" for key, value in enumerate_tensors(as_arguments(inputs))]
+    shapes = [f"{key} {tuple(value.shape)}" for key, value in enumerate_tensors(as_arguments(inputs, model))]
     origin = "the inputs given," if given else f"inputs derived from it ({len(failed)} tried), the likeliest being"
     return CaptureError(f"{name} could not be captured with {origin} {', '.join(shapes) or 'no tensors'}: {what}; {hint}")
 

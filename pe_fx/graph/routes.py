@@ -58,7 +58,7 @@ def qualified(module: nn.Module | type[nn.Module]) -> str:
 def exported(model: nn.Module, inputs: ExampleInputs, training: bool, dtype: torch.dtype | None = None) -> Traced:
     """By `torch.export.export(strict=False)`, of a copy in one of its modes, its numbers of another dtype where one is given."""
     like = functools.partial(in_dtype, dtype=dtype)
-    args, kwargs = pytree.tree_map_only(Tensor, like, as_arguments(inputs))
+    args, kwargs = pytree.tree_map_only(Tensor, like, as_arguments(inputs, model))
     program = torch.export.export(Flattened(sharing_copy(model, training, like)), args, kwargs, strict=False)
     signature = program.graph_signature
     weights = {key: name.removeprefix("model.") for key, name in signature.inputs_to_parameters.items()}
@@ -111,7 +111,7 @@ _SWITCHES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast
 def _on_loan(model: nn.Module, inputs: ExampleInputs, training: bool) -> Iterator[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
     """A copy of the model and of its inputs that may be run. Nothing that it does can be seen in the model or in its inputs."""
     own = {id(tensor): tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors_in(inputs)}
-    args, kwargs = copy.deepcopy(as_arguments(inputs), own)
+    args, kwargs = copy.deepcopy(as_arguments(inputs, model), own)
     with _CopyOnWrite(model.parameters()):
         yield Flattened(sharing_copy(model, training, _lent)), args, kwargs
 

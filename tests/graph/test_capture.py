@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 import pe_fx
 from pe_fx import CaptureError
 from pe_fx.graph.capture import Captured, capture
-from pe_fx.graph.inputs import as_arguments, derive_inputs, tensors_in
+from pe_fx.graph.derive import derive_inputs
+from pe_fx.graph.inputs import as_arguments, tensors_in
 from pe_fx.graph.ops import value_of
-from pe_fx.graph.routes import recorded, sharing_copy
+from pe_fx.graph.routes import sharing_copy
 
 X = torch.randn(3, 5, 8)
 TIE = "fc2.weight ← fc1.weightᵀ"
