@@ -217,5 +217,6 @@ def _height_and_width(size: Any) -> tuple[int, int] | None:
 def _crops(model: nn.Module) -> Iterator[Any]:
     """What the images were cut to on which torchvision's weights for such a model were trained."""
     known = vars(sys.modules.get(type(model).__module__, sys)).values()
-    weights: list[Any] = [member for each in known if isinstance(each, enum.EnumMeta) for member in each]
+    classes: list[Any] = [each for each in known if isinstance(each, enum.EnumMeta)]
+    weights = [member for each in classes for member in each]
     return (getattr(getattr(member, "transforms", None), "keywords", {}).get("crop_size") for member in weights)
