@@ -122,7 +122,10 @@ def _lent(tensor: Tensor) -> Tensor:
 
 
 class _CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """From the first write to the memory of one of these tensors, a copy of that memory stands for it, in all operations to come."""
+    """From the first write to the memory of one of these tensors, a copy of that memory stands for it in every operation.
+
+    A run that is watched by such a mode also tells what becomes of `value.data`, which else would be a constant in its graph.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -134,19 +137,19 @@ class _CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _written(func, args, kwargs):
             if (memory := _memory(tensor)) in self.shared and memory not in self.copies:
                 self.copies[memory] = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]
-        if not self.copies:
+        if not self.copies or func.is_view:  # what is made of a view is known by its memory, too
             return func(*args, **kwargs)
         originals: dict[int, Tensor] = {}
 
-        def copy_of(tensor: Tensor) -> Tensor:
-            copied = self.copies.get(_memory(tensor))
-            if copied is None:
+        def in_copy(tensor: Tensor) -> Tensor:
+            memory = self.copies.get(_memory(tensor))
+            if memory is None:
                 return tensor
-            new = tensor.new_empty(0).set_(copied, tensor.storage_offset(), tensor.shape, tensor.stride())
+            new = tensor.new_empty(0).set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
             originals[id(new)] = tensor
             return new
 
-        new_args, new_kwargs = pytree.tree_map_only(Tensor, copy_of, (args, kwargs))
+        new_args, new_kwargs = pytree.tree_map_only(Tensor, in_copy, (args, kwargs))
         return pytree.tree_map_only(Tensor, lambda made: originals.get(id(made), made), func(*new_args, **new_kwargs))
 
 

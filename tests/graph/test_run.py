@@ -253,7 +253,7 @@ def test_what_forward_writes_stays_in_the_copy() -> None:
 
     def forward(m: Net, x: Tensor) -> Tensor:
         with torch.no_grad():
-            for slow, fast in zip(m.slow.parameters(), m.fc1.parameters(), strict=True):
+            for slow, fast in zip(m.slow.parameters(), m.fast.parameters(), strict=True):
                 slow.mul_(0.9).add_(fast, alpha=0.1)
                 slow.data.clamp_(-1, 1)
             key = m.slow(x).mean((0, 1))
@@ -264,9 +264,9 @@ def test_what_forward_writes_stays_in_the_copy() -> None:
         m.table.add_(1)
         random.random()
         h = m.norm(m.fc1(x).transpose(1, 2)).transpose(1, 2).relu()
-        return m.fc2(nn.functional.dropout(h)), m.queue @ key
+        return m.fc2(nn.functional.dropout(h, training=m.training)), m.fast(x) @ m.queue.clone().t()
 
-    model = mlp(forward, slow=linear(8, 16), norm=nn.BatchNorm1d(16))
+    model = mlp(forward, slow=linear(8, 16), fast=linear(8, 16), norm=nn.BatchNorm1d(16))
     model.register_buffer("queue", torch.zeros(4, 16))
     model.register_buffer("place", torch.zeros(1, dtype=torch.long))
     model.calls, model.list, model.table = 0, [None], torch.zeros(3)
@@ -310,6 +310,15 @@ def test_in_every_mode(mode: Callable[[], Any], training: bool) -> None:
         model = mlp(run_only).train(training)
         assert ties(pe_fx.plan(model, X)) == [TIE]
     assert model.training is training
+
+
+def test_a_hidden_value_is_seen_whatever_its_way_out() -> None:
+    def forward(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        asks(x)
+        h = m.fc1(x).relu()
+        return m.fc2(h), h.data * 2
+
+    assert not pe_fx.plan(mlp(forward), X).sites
 
 
 def test_forces_are_gradients() -> None:
@@ -360,7 +369,7 @@ def test_a_model_without_values() -> None:
 
 
 def test_values_that_do_not_decide_need_no_memory() -> None:
-    with pytest.raises(CaptureError, match=r"mat1 and mat2 .* check that model\(\*example_inputs\) runs"):
+    with pytest.raises(CaptureError, match=r"reduction dim|mat1 and mat2.* check that model\(\*example_inputs\) runs"):
         pe_fx.plan(mlp(plain).to("meta"), torch.empty(2, 9, device="meta"))
 
 
