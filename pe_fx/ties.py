@@ -362,7 +362,7 @@ class Plan:
         return "\n".join(printable(f"{miss.name or '.'} ({miss.kind}): {miss.reason}") for miss in self.misses)
 
 
-ONE_PATH = "captured by a run: where values decide, the graph is the one path that the example inputs took"
+ONE_PATH = "captured by a run: where values decide, this is the path that the inputs took"
 """What is to be known of a plan whose graph was captured so."""
 
 

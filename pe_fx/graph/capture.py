@@ -77,6 +77,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
                 log.debug("%s failed", route, exc_info=True)
             else:
                 return _labelled(traced, inputs)
+        if _lacks_values(model, inputs):
+            break  # they fit, and others would lack them as well
     raise _failure(model, failed, given=example_inputs is not None) from (failed[0][1][0] if failed else None)
 
 
@@ -108,22 +110,27 @@ def _failure(model: nn.Module, failed: list[tuple[ExampleInputs, list[Exception]
     pass_them = f"pass example_inputs, a tensor, a tuple of positional or a dict of keyword arguments: forward takes {takes}"
     if not failed:
         return CaptureError(f"no example inputs can be derived for {name}: {pass_them}")
-    refusals = [(inputs, errors, _refusals(model, inputs)) for inputs, errors in failed]
-    inputs, errors, refused = next((each for each in refusals if not each[2]), refusals[0])
-    if not refused:
-        what = f"{_by_mode(errors)}; nor by recording a run ({first_line(errors[-1])}), though it runs"
-        hint = (
-            'tie what torch.compile sees of it: run torch.compile(model, backend="pe_fx") once on inputs of yours, then pe_fx.commit(model)'
-        )
-    elif any(tensor.is_meta for tensor in (*model.parameters(), *tensors_in(inputs))) and any("meta" in str(each) for each in refused):
+    inputs, errors = failed[-1]
+    if _lacks_values(model, inputs):
         what = _by_mode(errors)
         hint = "values decide in it, and what is on the meta device has none: with model and inputs in memory, a run of it is recorded"
+    elif (fitting := next((each for each in failed if not _refusals(model, each[0])), None)) is not None:
+        inputs, errors = fitting
+        what = f"{_by_mode(errors)}; nor by recording a run ({first_line(errors[-1])}), though it runs"
+        hint = 'tie what torch.compile sees of it: torch.compile(model, backend="pe_fx"), run that once, then pe_fx.commit(model)'
     else:
-        what = _by_mode(refused)
+        inputs, errors = failed[0]
+        what = _by_mode(_refusals(model, inputs) or errors)
         hint = f"check that model(*example_inputs) runs: forward takes {takes}" if given else pass_them
     shapes = [f"{key} {tuple(value.shape)}" for key, value in enumerate_tensors(as_arguments(inputs, model))]
     origin = "the inputs given," if given else f"inputs derived from it ({len(failed)} tried), the likeliest being"
     return CaptureError(f"{name} could not be captured with {origin} {', '.join(shapes) or 'no tensors'}: {what}; {hint}")
+
+
+def _lacks_values(model: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether the model asks for values that what is on the meta device does not have."""
+    on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers(), *tensors_in(inputs)))
+    return on_meta and any("meta" in str(error) for error in _refusals(model, inputs))
 
 
 def _refusals(model: nn.Module, inputs: ExampleInputs) -> list[Exception]:

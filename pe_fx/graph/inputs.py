@@ -39,17 +39,26 @@ def _takes(model: nn.Module, *args: Any, **kwargs: Any) -> bool:
 def enumerate_tensors(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> list[tuple[str, Tensor]]:
     """The tensors among positional and keyword arguments, with their places.
 
-    >>> [name for name, _ in enumerate_tensors(((torch.ones(1), 2), {"mask": torch.ones(1)}))]
-    ['0', 'mask']
+    >>> import torch
+    >>> [name for name, _ in enumerate_tensors((([torch.ones(1)], 2), {"mask": torch.ones(1)}))]
+    ['0.0', 'mask']
     """
     args, kwargs = arguments
-    named = [*((str(i), value) for i, value in enumerate(args)), *kwargs.items()]
-    return [(name, value) for name, value in named if isinstance(value, Tensor)]
+    return [*_places("", args), *_places("", kwargs)]
+
+
+def _places(prefix: str, values: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(values, Tensor):
+        yield prefix, values
+    elif isinstance(values, (Mapping, tuple, list)):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            yield from _places(f"{prefix}.{key}".lstrip("."), value)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor that a value of any type holds.
 
+    >>> import torch
     >>> len(tensors_in({"a": torch.ones(1), "b": (torch.ones(2), None)}))
     2
     """

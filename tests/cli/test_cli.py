@@ -107,7 +107,9 @@ def test_plan() -> None:
 
 
 def test_a_plan_that_knows_one_path() -> None:
-    assert run("plan", "net.py:Deciding").stdout == PLAN[1:] + ONE_PATH + "\n"
+    shown = run("plan", "net.py:Deciding").stdout
+    assert shown.startswith(PLAN[1:])
+    assert shown.endswith(f"\n{ONE_PATH}\n")
     assert json.loads(run("plan", "net.py:Deciding", "--json").stdout)["capture"] == "run"
 
 

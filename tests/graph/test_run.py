@@ -368,6 +368,15 @@ def test_a_model_without_values() -> None:
         pe_fx.plan(mlp(run_only).to("meta"), X.to("meta"))
 
 
+def test_a_detector_without_values() -> None:
+    """What is derived first fits: no other inputs are tried."""
+    detection = pytest.importorskip("torchvision").models.detection
+    with torch.device("meta"):
+        model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    with pytest.raises(CaptureError, match=r"\(1 tried\), the likeliest being 0.0 \(3, 128, 160\), .* in memory"):
+        pe_fx.plan(model)
+
+
 def test_values_that_do_not_decide_need_no_memory() -> None:
     with pytest.raises(CaptureError, match=r"reduction dim|mat1 and mat2.* check that model\(\*example_inputs\) runs"):
         pe_fx.plan(mlp(plain).to("meta"), torch.empty(2, 9, device="meta"))
