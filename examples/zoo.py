@@ -190,7 +190,7 @@ def torchvision_names() -> list[str]:
 
 
 def torchvision_entry(name: str) -> Entry:
-    """Detectors choose boxes by their values, which no graph can hold: of them the backbone is planned."""
+    """Detectors are given images and, for train mode, what is to be found in them."""
     builder = vision.get_model_builder(name)
     family = builder.__module__.rpartition(".")[2]
     options: dict[str, Any] = {"weights": None}
@@ -199,6 +199,11 @@ def torchvision_entry(name: str) -> Entry:
     if "init_weights" in inspect.signature(builder).parameters:
         options["init_weights"] = False
     if ".detection." in builder.__module__:
-        return entry(lambda **extra: builder(**options, **extra).backbone, (3, 320, 320), family + ", backbone")
+        found = {"boxes": torch.tensor([[10.0, 20.0, 90.0, 120.0]]), "labels": torch.tensor([1])}
+        found |= {"masks": torch.ones(1, 128, 160, dtype=torch.uint8), "keypoints": torch.ones(1, 17, 3)}
+        inputs = [torch.rand(3, 128, 160) for _ in range(2)], [dict(found) for _ in range(2)]
+        small = options | ({"min_size": 128, "max_size": 160} if "ssd" not in name else {})
+        built = Built(builder(**small), inputs, "memory")
+        return Entry(family, lambda: iter([built]), lambda limit, planned: planned if count(planned.model) <= limit else None)
     side = 299 if name == "inception_v3" else 224
     return entry(lambda **extra: builder(**options, **extra), (3, side, side), family, resized=lambda side: {"image_size": side})

@@ -78,11 +78,15 @@ def plan(
     sites = _laid_out(vary((site for site, _ in judged if site is not None), mix, options["gain"]), captured)
     misses += [miss for _, refused in judged for miss in refused]
     shapes = captured.shapes() | {owner.name: tuple(owner.parameter.shape) for owner in owners.values()}
-    return plan_of(sites, shapes, list(dict.fromkeys(misses)), {"rules": tuple(rule.kind for rule in chosen)} | options)
+    return plan_of(sites, shapes, list(dict.fromkeys(misses)), {"rules": tuple(rule.kind for rule in chosen)} | options, captured.how)
 
 
 def plan_of(
-    sites: Sequence[Site], shapes: Mapping[str, Shape], misses: Sequence[Miss] = (), options: Mapping[str, Any] | None = None
+    sites: Sequence[Site],
+    shapes: Mapping[str, Shape],
+    misses: Sequence[Miss] = (),
+    options: Mapping[str, Any] | None = None,
+    capture: str = "graph",
 ) -> Plan:
     """The plan that holds these sites, of a model whose parameters have these shapes."""
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -95,6 +99,7 @@ def plan_of(
         params_before=before,
         params_after=before - sum(site.saved for site in sites),
         options=dict(options or {}),
+        capture=capture,
     )
 
 
@@ -123,9 +128,10 @@ def transform(
     TiedLinear(in_features=8, out_features=4, bias=True, weight ← 0.weightᵀ)
 
     Args:
-        model: any module that torch.export can capture, or an fx.GraphModule. It is left as it is unless `inplace`.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Where left out, derived from timm's
-            `pretrained_cfg`, transformers' `dummy_inputs` or the first layer's shape. Only shapes and dtypes matter.
+        model: any module that torch.export can capture or that runs, or an fx.GraphModule. It is left as it is unless `inplace`.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Where left out, derived from what forward
+            takes, from configurations such as timm's `pretrained_cfg` and transformers' `config`, or the first layer's shape. Only
+            shapes and dtypes matter, but where values decide in a model that is captured by a run.
         rules: kinds ("mlp", "glu", "attention", "bottleneck", "squeeze_excite") or rule objects; see `pe_fx.passes`.
         share: the kinds whose consecutive sites of one shape share one matrix; () for none.
         entry: how the first block of a stage, whose input is narrower, takes part in it. "keep": its first convolution and

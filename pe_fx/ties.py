@@ -275,6 +275,9 @@ class Miss:
 class Plan:
     """Sites, misses, and the options that led to them; made by `pe_fx.plan`.
 
+    `capture` is how the graph came about in which they were found, and of no consequence for what the plan does: by "export", by a
+    "run" of the model, or as a "graph" that was given.
+
     >>> import torch, pe_fx
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
     >>> plan = pe_fx.plan(model)
@@ -294,6 +297,7 @@ class Plan:
     params_before: int = 0
     params_after: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    capture: str = field(default="export", compare=False)
 
     def __post_init__(self) -> None:
         for tie in self.ties:
@@ -329,6 +333,7 @@ class Plan:
                 f"this plan has schema version {version!r}; this pe_fx reads version {SCHEMA_VERSION}: make the plan anew with pe_fx.plan()"
             )
         try:
+            body.setdefault("capture", cls.capture)  # of all fields the youngest
             plan: Plan = _decoded(cls, {f.name: body[f.name] for f in dataclasses.fields(cls)})
         except (KeyError, TypeError, ValueError, PeFxError) as error:
             raise PeFxError(f"this plan is damaged: {error if isinstance(error, PeFxError) else repr(error)}") from error
@@ -357,6 +362,10 @@ class Plan:
         return "\n".join(printable(f"{miss.name or '.'} ({miss.kind}): {miss.reason}") for miss in self.misses)
 
 
+ONE_PATH = "captured by a run: where values decide, this is the path that the inputs took"
+"""What is to be known of a plan whose graph was captured so."""
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell, the header underlined.
 
@@ -377,7 +386,8 @@ def _summary(plan: Plan) -> str:
     detail = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if len(kinds) > 1 else ""
     misses = f"; {len(plan.misses)} near miss{'es' * (len(plan.misses) > 1)}, see plan.explain()" if plan.misses else ""
     share = f" ({100 * plan.params_after / plan.params_before:.1f} %)" if plan.params_before else ""
-    return f"{count}{detail}; {plan.params_before:,} → {plan.params_after:,} parameters{share}{misses}"
+    note = f"\n{ONE_PATH}" if plan.capture == "run" else ""
+    return f"{count}{detail}; {plan.params_before:,} → {plan.params_after:,} parameters{share}{misses}{note}"
 
 
 def _relative(name: str, prefix: str) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from pe_fx.diff.tree import within
 from pe_fx.text import legible
-from pe_fx.ties import Plan, Site, to_ranges
+from pe_fx.ties import ONE_PATH, Plan, Site, to_ranges
 
 _NUMBER = re.compile(r"\d+(?=\D*$)")
 
@@ -38,6 +38,7 @@ def plan_report(plan: Plan, *, every_miss: bool = False) -> RenderableType:
     count = f"{len(plan.sites)} site{'s' * (len(plan.sites) != 1)}"
     near = f"; {len(plan.misses)} near miss{'es' * (len(plan.misses) != 1)}"
     parts.append(Text(f"{count}; {plan.params_before:,} → {plan.params_after:,} parameters{share}{near}", "bold"))
+    parts += [Text(ONE_PATH)] if plan.capture == "run" else []
     return Group(*parts)
 
 

@@ -17,28 +17,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from pe_fx.errors import CaptureError, first_line
-from pe_fx.graph.copies import copied, modules_in
-from pe_fx.graph.inputs import ExampleInputs, as_arguments, derive_inputs, enumerate_tensors, tensors_in
+from pe_fx.graph.derive import derive_inputs
+from pe_fx.graph.inputs import ExampleInputs, as_arguments, enumerate_tensors, tensors_in
 from pe_fx.graph.ops import COPIES, GATHERS, base_name, value_of
 from pe_fx.graph.plain import plain
+from pe_fx.graph.routes import Flattened, Traced, exported, qualified, recorded, run
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A flat graph; for each node that reads a parameter the parameter's name; the nodes that are the caller's inputs; and
-    the example inputs that fitted."""
+    """A flat graph; for each node that reads a parameter the parameter's name; the nodes that are the caller's inputs; the example
+    inputs that fitted; and how it came about: by "export", by a "run", or as a "graph" that was given."""
 
     graph: fx.Graph
     weights: dict[fx.Node, str]
     inputs: set[fx.Node]
     example_inputs: ExampleInputs | None = None
+    how: str = "graph"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter that the graph reads."""
@@ -49,83 +48,49 @@ def capture(model: nn.Module, example_inputs: ExampleInputs | None = None) -> Ca
     """The model's graph.
 
     >>> captured = capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
-    >>> sorted(captured.weights.values())
-    ['0.bias', '0.weight']
+    >>> sorted(captured.weights.values()), captured.how
+    (['0.bias', '0.weight'], 'export')
 
     `example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments; derived where left out. A GraphModule
     whose nodes carry their values (from torch.export or Dynamo) is read as it is; anything else goes through
-    `torch.export.export(strict=False)`, in train mode first. Nothing is computed, and no weight is copied but those to which a `train`
-    of a module's own may write. What export refuses for its dtype, such as a grouped product of float32, is captured in another; or
-    else recorded, while a copy of the model runs once.
+    `torch.export.export(strict=False)`, in train mode first, which computes nothing. What export refuses for its dtype, such as a
+    grouped product of float32, it gets in another. What it refuses for values that decide is recorded in a run on these inputs, and
+    one path is what the graph holds. No weight is copied but those to which forward, or a `train` of a module's own, writes.
 
-    Raises `CaptureError` where neither mode exports.
+    Raises `CaptureError` where no way leads to a graph.
     """
     if isinstance(model, fx.GraphModule) and _has_values(model.graph):
         return _read(model)
     _refuse(model)
-    errors: list[Exception] = []
-    tried: list[ExampleInputs] = []
+    failed: list[tuple[ExampleInputs, list[Exception]]] = []
     for inputs in derive_inputs(model) if example_inputs is None else [example_inputs]:
-        tried.append(inputs)
+        errors: list[Exception] = []
+        failed.append((inputs, errors))
         for route in _routes(model, inputs, errors):
             try:
                 with quiet(), _rng_untouched(model):
                     traced = route()
+            except CaptureError:
+                raise
             except Exception as error:  # whatever a user's forward raises
                 errors.append(error)
                 log.debug("%s failed", route, exc_info=True)
             else:
                 return _labelled(traced, inputs)
-    raise _failure(model, tried, errors, given=example_inputs is not None) from (errors[0] if errors else None)
+        if _lacks_values(model, inputs):
+            break  # they fit, and others would lack them as well
+    raise _failure(model, failed, given=example_inputs is not None) from (failed[0][1][0] if failed else None)
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """A graph, and which of its nodes are parameters, under which names, the caller's inputs, and constants of the code."""
-
-    gm: fx.GraphModule
-    weights: dict[str, str]
-    inputs: set[str]
-    constants: dict[str, Any]
+_MODES = (True, False)
 
 
-def _routes(model: nn.Module, inputs: ExampleInputs, errors: list[Exception]) -> Iterator[Callable[[], _Traced]]:
-    """Ways to the graph, each to be gone where those before it failed."""
-    modes = (True, False)
-    yield from (functools.partial(_exported, model, inputs, training) for training in modes)
+def _routes(model: nn.Module, inputs: ExampleInputs, errors: list[Exception]) -> Iterator[Callable[[], Traced]]:
+    """Ways to the graph, each to be gone where those before it failed: first those that compute nothing."""
+    yield from (functools.partial(exported, model, inputs, training) for training in _MODES)
     if _NAMES_DTYPE.search(first_line(errors[-1])):
-        yield from (functools.partial(_exported, model, inputs, training, d) for d in _other_dtypes(model, inputs) for training in modes)
-        yield from (functools.partial(_recorded, model, inputs, training) for training in modes)
-
-
-def _exported(model: nn.Module, inputs: ExampleInputs, training: bool, dtype: torch.dtype | None = None) -> _Traced:
-    args, kwargs = pytree.tree_map_only(Tensor, functools.partial(_in_dtype, dtype=dtype), as_arguments(inputs))
-    program = torch.export.export(_Flattened(_sharing_copy(model, training, dtype)), args, kwargs, strict=False)
-    signature = program.graph_signature
-    weights = {key: name.removeprefix("model.") for key, name in signature.inputs_to_parameters.items()}
-    constants = {key: program.constants[name] for key, name in signature.inputs_to_lifted_tensor_constants.items()}
-    return _Traced(program.graph_module, weights, set(signature.user_inputs), constants)
-
-
-def _recorded(model: nn.Module, inputs: ExampleInputs, training: bool) -> _Traced:
-    """One run of a copy, which may change itself as it likes."""
-    runs = _Flattened(copied(model, lend=True).train(training))
-    parameters = dict(runs.named_parameters())
-    state = parameters | dict(runs.named_buffers())
-
-    def run(values: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return torch.func.functional_call(runs, dict(zip(state, values, strict=True)), args, kwargs)
-
-    own = pytree.tree_map_only(Tensor, lambda value: value.detach().clone(), as_arguments(inputs))
-    gm = make_fx(run, pre_dispatch=True)(list(state.values()), *own)
-    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-    weights = {key: name.removeprefix("model.") for key, name in zip(names, state, strict=False) if name in parameters}
-    constants = {}
-    for node in gm.graph.find_nodes(op="get_attr"):
-        if isinstance(value := getattr(gm, str(node.target)), Tensor):
-            constants[node.name] = value
-            node.meta["val"] = FakeTensorMode().from_tensor(value)
-    return _Traced(gm, weights, set(names[len(state) :]), constants)
+        yield from (functools.partial(exported, model, inputs, training, d) for d in _other_dtypes(model, inputs) for training in _MODES)
+    yield from (functools.partial(recorded, model, inputs, training) for training in _MODES)
 
 
 _NAMES_DTYPE = re.compile(r"dtype|float|half|double|scalar type", re.IGNORECASE)
@@ -138,30 +103,56 @@ def _other_dtypes(model: nn.Module, inputs: ExampleInputs) -> tuple[torch.dtype,
     return tuple(dtype for dtype in (torch.float32, torch.bfloat16) if dtype not in own) if len(own) == 1 else ()
 
 
-def _in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor, or, for floating numbers of another dtype, one like it: values do not matter, so none are set."""
-    if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
-        return tensor
-    like = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
-    return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
-
-
-def _failure(model: nn.Module, tried: list[ExampleInputs], errors: list[Exception], given: bool) -> CaptureError:
-    """What happened with the likeliest inputs, in train and in eval mode, and what to do."""
+def _failure(model: nn.Module, failed: list[tuple[ExampleInputs, list[Exception]]], given: bool) -> CaptureError:
+    """What happened with the inputs that fit, or else with the likeliest, in train and in eval mode, and what to do."""
     name = type(model).__name__
-    takes = ", ".join(inspect.signature(model.forward).parameters)
-    pass_them = f"pass example_inputs, a tensor, a tuple of positional or a dict of keyword arguments: forward takes {takes or 'nothing'}"
-    if not errors:
+    takes = ", ".join(inspect.signature(model.forward).parameters) or "nothing"
+    pass_them = f"pass example_inputs, a tensor, a tuple of positional or a dict of keyword arguments: forward takes {takes}"
+    if not failed:
         return CaptureError(f"no example inputs can be derived for {name}: {pass_them}")
-    shapes = [f"{key} {tuple(value.shape)}" for key, value in enumerate_tensors(as_arguments(tried[0]))]
-    origin = "the inputs given," if given else f"inputs derived from it ({len(tried)} tried), the likeliest being"
-    in_train, in_eval = map(first_line, errors[:2])
-    what = in_train if in_train == in_eval else f"{in_train} (in eval mode: {in_eval})"
-    hint = f"check that model(*example_inputs) runs: forward takes {takes}" if given else pass_them
+    inputs, errors = failed[-1]
+    if _lacks_values(model, inputs):
+        what = _by_mode(errors)
+        hint = "values decide in it, and what is on the meta device has none: with model and inputs in memory, a run of it is recorded"
+    elif (fitting := next((each for each in failed if not _refusals(model, each[0])), None)) is not None:
+        inputs, errors = fitting
+        what = f"{_by_mode(errors)}; nor by recording a run ({first_line(errors[-1])}), though it runs"
+        hint = 'tie what torch.compile sees of it: torch.compile(model, backend="pe_fx"), run that once, then pe_fx.commit(model)'
+    else:
+        inputs, errors = failed[0]
+        what = _by_mode(_refusals(model, inputs) or errors)
+        hint = f"check that model(*example_inputs) runs: forward takes {takes}" if given else pass_them
+    shapes = [f"{key} {tuple(value.shape)}" for key, value in enumerate_tensors(as_arguments(inputs, model))]
+    origin = "the inputs given," if given else f"inputs derived from it ({len(failed)} tried), the likeliest being"
     return CaptureError(f"{name} could not be captured with {origin} {', '.join(shapes) or 'no tensors'}: {what}; {hint}")
 
 
-def _labelled(traced: _Traced, inputs: ExampleInputs) -> Captured:
+def _lacks_values(model: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether the model asks for values that what is on the meta device does not have."""
+    on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers(), *tensors_in(inputs)))
+    return on_meta and any("meta" in str(error) for error in _refusals(model, inputs))
+
+
+def _refusals(model: nn.Module, inputs: ExampleInputs) -> list[Exception]:
+    """What the model raises in train and in eval mode; nothing where it runs in one of them."""
+    errors: list[Exception] = []
+    for training in _MODES:
+        try:
+            with quiet(), _rng_untouched(model):
+                run(model, inputs, training)
+        except Exception as error:  # whatever a user's forward raises
+            errors.append(error)
+        else:
+            return []
+    return errors
+
+
+def _by_mode(errors: list[Exception]) -> str:
+    in_train, in_eval = map(first_line, errors[:2])
+    return in_train if in_train == in_eval else f"{in_train} (in eval mode: {in_eval})"
+
+
+def _labelled(traced: Traced, inputs: ExampleInputs) -> Captured:
     graph = plain(traced.gm)
     weights: dict[fx.Node, str] = {}
     users: set[fx.Node] = set()
@@ -172,7 +163,7 @@ def _labelled(traced: _Traced, inputs: ExampleInputs) -> Captured:
             users.add(node)
         elif node.name in traced.constants:
             _show(node, traced.constants[node.name])
-    return Captured(graph, weights, users, inputs)
+    return Captured(graph, weights, users, inputs, traced.how)
 
 
 def _show(constant: fx.Node, value: Any) -> None:
@@ -220,7 +211,7 @@ def module_of(node: fx.Node) -> str | None:
     if not stack:
         return None
     path: str = stack[-1][0]
-    return path.removeprefix("model").removeprefix(".") if stack[0][1] == _FLATTENED else path
+    return path.removeprefix("model").removeprefix(".") if stack[0][1] == qualified(Flattened) else path
 
 
 def _attribute(root: nn.Module, path: str) -> Any:
@@ -228,49 +219,6 @@ def _attribute(root: nn.Module, path: str) -> Any:
     for atom in path.split("."):
         value = getattr(value, atom, None)
     return value
-
-
-class _Flattened(nn.Module):
-    """Returns every tensor that the model's output holds, whatever its type, as one list."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        return tensors_in(self.model(*args, **kwargs))
-
-
-_FLATTENED = f"{_Flattened.__module__}.{_Flattened.__qualname__}"
-
-
-def _sharing_copy(model: nn.Module, training: bool, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of the module tree in one of its modes that holds the very parameters and buffers of the original, or such in another dtype.
-
-    Other tensors are copied: export replaces none of them while a forward runs that may write to them. So may a `train` of a
-    module's own write to its weights, as one that merges adapters into them.
-    """
-    changes = any(module.training is not training for module in model.modules())
-    writers = [module for module in model.modules() if changes and type(module).train is not nn.Module.train]
-    own = {id(tensor) for module in writers for tensor in (*module.parameters(), *module.buffers())}
-    shared = {id(tensor) for tensor in (*model.parameters(), *model.buffers())} - own
-    known = {}
-    for tensor in (leaf for module in modules_in(model) for leaf in pytree.tree_leaves(dict(vars(module))) if isinstance(leaf, Tensor)):
-        new = _in_dtype(tensor, dtype)
-        if new is not tensor or id(tensor) in shared:
-            known[id(tensor)] = new
-    result = copied(model, known, lend=True)
-    for module in result.modules():
-        module._apply = functools.partial(_convert, module)  # type: ignore[method-assign]
-    return result.train(training) if changes else result
-
-
-def _convert(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """A module that is what a forward would convert it to stays as it is: tensors cannot be exchanged while they are traced."""
-    tensors = [*module.parameters(recurse), *module.buffers(recurse)]
-    changed = any((new.dtype, new.device) != (old.dtype, old.device) for old in tensors for new in [fn(old)])
-    return type(module)._apply(module, fn, recurse) if changed else module  # type: ignore[no-untyped-call]
 
 
 def _refuse(model: nn.Module) -> None:

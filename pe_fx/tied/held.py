@@ -54,6 +54,7 @@ def held_plan(model: nn.Module) -> Plan | None:
         params_before=after + sum(site.saved for site in sites),
         params_after=after,
         options=only.options,
+        capture=max((plan.capture for plan in plans.values()), key="run".__eq__),
     )
 
 

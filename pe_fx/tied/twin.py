@@ -109,7 +109,7 @@ def verify(model: nn.Module, example_inputs: ExampleInputs | None = None, *, tol
     tied_modules = [module for module in model.modules() if isinstance(module, Tied)]
     if not tied_modules:
         raise PeFxError("nothing in this model is tied: pass what pe_fx.transform returned")
-    args, kwargs = as_arguments(_fitting_inputs(model) if example_inputs is None else example_inputs)
+    args, kwargs = as_arguments(_fitting_inputs(model) if example_inputs is None else example_inputs, model)
     dtypes = {source.dtype for _, _, _, weight in tied_weights_in(model) for source in weight.parameters}
     limit = max(TOLERANCES.get(dtype, 1e-4) for dtype in dtypes) if tolerance is None else tolerance
     found: list[Comparison] = []

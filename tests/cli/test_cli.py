@@ -23,6 +23,7 @@ from torch import nn
 import pe_fx
 from pe_fx.cli.forms import KINDS
 from pe_fx.passes import DEFAULT_RULES
+from pe_fx.ties import ONE_PATH
 
 SOURCE = """
 import time
@@ -41,6 +42,10 @@ class Net(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return self.head(x.relu())
+
+class Deciding(Net):
+    def forward(self, x):
+        return super().forward(x if float(x.abs().sum()) >= 0 else x + 1)
 
 def plain():
     return nn.Linear(3, 3)
@@ -99,6 +104,13 @@ near miss: . (mlp)
 
 def test_plan() -> None:
     assert run("plan", "net.py:Net").stdout == PLAN[1:]
+
+
+def test_a_plan_that_knows_one_path() -> None:
+    shown = run("plan", "net.py:Deciding").stdout
+    assert shown.startswith(PLAN[1:])
+    assert shown.endswith(f"\n{ONE_PATH}\n")
+    assert json.loads(run("plan", "net.py:Deciding", "--json").stdout)["capture"] == "run"
 
 
 def test_plan_to_json_and_back(folder: Path) -> None:
