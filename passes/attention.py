@@ -104,6 +104,10 @@ class Part:
     def matrix(self) -> tuple[int, int]:
         return len(self.channels), self.weight.inputs
 
+    def mirrors(self, other: Part) -> bool:
+        """Whether its matrix has the shape of the other's transpose."""
+        return self.matrix == other.matrix[::-1] and self.block.numel == other.block.numel
+
     def meets(self, other: Part) -> bool:
         """Whether both have values at the same positions."""
         return self.positions is None or other.positions is None or not self.positions.isdisjoint(other.positions)
@@ -123,7 +127,7 @@ class Half:
         couples = [(source, target) for source in self.sources for target in self.targets]
         if len(couples) == 1:  # should it not fit, that is said
             return couples
-        return [(source, target) for source, target in couples if source.matrix == target.matrix[::-1] and source.meets(target)]
+        return [(source, target) for source, target in couples if source.mirrors(target) and source.meets(target)]
 
     @functools.cached_property
     def couples(self) -> list[tuple[Part, Part]]:
@@ -294,7 +298,7 @@ def _part(flow: Flow, source: Op, operand: Operand) -> Part | None:
         return None
     tags = flow.trace(source, operand.value)[operand.value].tags
     channels = channels_in(tags)
-    if channels is None:
+    if channels is None or not source.weight.is_part(channels):
         return None
     if _differ_along(tags, operand.axis):  # a matrix along the positions, unless none is behind it
         behind = source_along(source, _ONE_VALUE | {Kind.POINTWISE})
@@ -487,7 +491,7 @@ def _shapes(source: Part, target: Part) -> str:
 
 
 def _half_obstacle(flow: Flow, roles: Roles, source: Part, target: Part, uses: dict[Op, set[Use]]) -> str | None:
-    if source.matrix != target.matrix[::-1]:
+    if not source.mirrors(target):
         return _shapes(source, target)
     if any(target.block.overlaps(part.block) for part in roles.parts if part is not target):
         return f"{target.block} serves two roles in one attention"

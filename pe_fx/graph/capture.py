@@ -26,6 +26,7 @@ from pe_fx.graph.copies import copied, modules_in
 from pe_fx.graph.inputs import ExampleInputs, as_arguments, derive_inputs, enumerate_tensors, tensors_in
 from pe_fx.graph.ops import COPIES, GATHERS, base_name, value_of
 from pe_fx.graph.plain import plain
+from pe_fx.graph.products import open_products
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +173,7 @@ def _labelled(traced: _Traced, inputs: ExampleInputs) -> Captured:
             users.add(node)
         elif node.name in traced.constants:
             _show(node, traced.constants[node.name])
+    open_products(graph, weights, users)
     return Captured(graph, weights, users, inputs)
 
 
@@ -196,7 +198,9 @@ def _read(gm: fx.GraphModule) -> Captured:
             node.meta.setdefault("val", value)
         elif node.op == "placeholder" and isinstance(value_of(node), nn.Parameter):
             weights[node] = node.name
-    return Captured(graph, weights, set(graph.find_nodes(op="placeholder")) - set(weights))
+    inputs = set(graph.find_nodes(op="placeholder")) - set(weights)
+    open_products(graph, weights, inputs)
+    return Captured(graph, weights, inputs)
 
 
 def _has_values(graph: fx.Graph) -> bool:
