@@ -89,12 +89,16 @@ class Core:
 
 @dataclass(frozen=True)
 class Part:
-    """A projection, the output channels of it that play one role, and the positions that hold its values (None for all)."""
+    """A projection, the output channels of it that play one role, and the positions that hold its values (None for all).
+
+    `in_order`: whether the values' channels arrive as they lie.
+    """
 
     op: Op
     weight: Weight
     channels: Sequence[int]
     positions: frozenset[int] | None = None
+    in_order: bool = True
 
     @functools.cached_property
     def block(self) -> Block:
@@ -412,9 +416,15 @@ def _output(flow: Flow, core: Core, v: tuple[Part, ...], op: Op) -> Part | None:
         end = arriving(flow.trace(value, op, tags=tags, carriers=(core.mix,)), op)
         if not isinstance(end.tags, Tensor):
             continue
-        if channels_along(end.tags, op.in_axis) is not None:
-            return Part(op, op.weight, range(op.weight.outputs))
+        arrived = channels_along(end.tags, op.in_axis)
+        if arrived is not None:
+            return Part(op, op.weight, range(op.weight.outputs), in_order=_is_in_order(arrived))
     return None
+
+
+def _is_in_order(channels: Sequence[int]) -> bool:
+    """Whether channels that arrive once each do so in order; those of values that several heads share arrive as often."""
+    return isinstance(channels, range) or len(set(channels)) < len(channels) or list(channels) == sorted(channels)
 
 
 def _own_channels(core: Core) -> Tensor | None:
@@ -495,6 +505,8 @@ def _half_obstacle(flow: Flow, roles: Roles, source: Part, target: Part, uses: d
         return _shapes(source, target)
     if any(target.block.overlaps(part.block) for part in roles.parts if part is not target):
         return f"{target.block} serves two roles in one attention"
+    if not target.in_order:
+        return f"the channels of the values reach {target.block} in another order"
     for part in (source, target):
         if (reason := misuse(flow, part.weight)) is not None:
             return reason

@@ -115,6 +115,8 @@ def _unit(flow: Flow, product: Op, last: Op) -> _Unit | None:
         return None  # tied already
     if first.op is second.op and not set(first.channels).isdisjoint(second.channels):
         return None  # x * sigmoid(x) is one activation, not a gate
+    if len(first.channels) != len(second.channels):
+        return None  # one number for many channels, such as an expert's weight, scales them
     return _Unit(first, second, product, last, last.weight, across)
 
 
