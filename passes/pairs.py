@@ -375,8 +375,10 @@ def _is_matrix(op: Op) -> bool:
 
 def _is_part_of_output(op: Op) -> bool:
     """Whether a matrix is what some of a weight's input channels meet: attention has its output projection in the others."""
-    weight = op.weight
-    return op.is_projection and weight is not None and weight.is_matrix and weight.block.divided == (weight.in_dim,)
+    if not op.is_projection or op.weight is None or not op.weight.is_matrix:
+        return False
+    divided = op.weight.block.divided
+    return bool(divided) and {*op.weight.in_dims}.issuperset(divided)
 
 
 def _is_claimed(flow: Flow, op: Op) -> bool:
