@@ -348,7 +348,7 @@ class ParallelBlock(nn.Module):
 
 
 BETWEEN = {name: HARMLESS[name] for name in ("nothing", "dropout", "norm", "rms", "split")}
-BREAKING_BETWEEN = {"flip": lambda h: h.flip(-1), "shuffle": BREAKING["shuffle"], "experts": lambda h: h.flip(1)}
+BREAKING_BETWEEN = {"flip": lambda h: h.flip(-1), "shuffle": BREAKING["shuffle"], "experts": lambda h: h.flip(-3)}
 
 
 @dataclass(frozen=True)
@@ -378,23 +378,22 @@ class ExpertsBlock(nn.Module):
         self.router = nn.Parameter(torch.randn(spec.experts, WIDTH) / 4)
 
     def up(self, x: Tensor, weight: Tensor) -> Tensor:
-        """By expert, then by position."""
-        match self.spec.form:
-            case "bmm":
-                return torch.bmm(x.flatten(0, 1).expand(self.spec.experts, -1, -1), weight).unflatten(1, x.shape[:2]).transpose(0, 1)
-            case "matmul":
-                return x.unsqueeze(1) @ weight
-        return torch.einsum("bnc,ecf->benf", x, weight)
+        return x @ weight if self.spec.form in ("bmm", "matmul") else torch.einsum("bnc,ecf->benf", x, weight)
 
     def forward(self, x: Tensor, mask: Tensor, condition: Tensor, positions: Tensor) -> Tensor:
-        y = normed(x)
-        h = self.up(y, self.first)
+        y = given = normed(x)
+        match self.spec.form:
+            case "bmm":
+                given = y.flatten(0, 1).expand(self.spec.experts, -1, -1)
+            case "matmul":
+                given = y.unsqueeze(1)
+        h = self.up(given, self.first)
         activation = ACTIVATIONS.get(self.spec.activation or "", lambda h: h)
-        h = activation(self.up(y, self.gate)) * h if self.spec.gated else activation(h)
+        h = activation(self.up(given, self.gate)) * h if self.spec.gated else activation(h)
         h = (BETWEEN | BREAKING_BETWEEN)[self.spec.after](h)
         match self.spec.form:
             case "bmm":
-                y = torch.bmm(h.transpose(0, 1).flatten(1, 2), self.second).sum(0).view_as(x)
+                y = torch.bmm(h, self.second).sum(0).view_as(x)
             case "matmul":
                 y = (h @ self.second).sum(1)
             case "scored":

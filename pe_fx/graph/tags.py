@@ -114,7 +114,7 @@ def numbered(shape: Shape, axis: int) -> Tensor:
 @remembered
 def nothing_in(shape: Shape) -> Tensor:
     """The tags of a value that holds no channel of the origin."""
-    return torch.zeros(1, dtype=torch.float64).expand(shape)
+    return torch.zeros((), dtype=torch.float64).expand(shape)
 
 
 def expand_along(values: Tensor, shape: Shape, axis: int) -> Tensor:
