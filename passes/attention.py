@@ -89,12 +89,16 @@ class Core:
 
 @dataclass(frozen=True)
 class Part:
-    """A projection, the output channels of it that play one role, and the positions that hold its values (None for all)."""
+    """A projection, the output channels of it that play one role, and the positions that hold its values (None for all).
+
+    `in_order`: whether the values' channels arrive as they lie.
+    """
 
     op: Op
     weight: Weight
     channels: Sequence[int]
     positions: frozenset[int] | None = None
+    in_order: bool = True
 
     @functools.cached_property
     def block(self) -> Block:
@@ -103,6 +107,10 @@ class Part:
     @property
     def matrix(self) -> tuple[int, int]:
         return len(self.channels), self.weight.inputs
+
+    def mirrors(self, other: Part) -> bool:
+        """Whether its matrix has the shape of the other's transpose."""
+        return self.matrix == other.matrix[::-1] and self.block.numel == other.block.numel
 
     def meets(self, other: Part) -> bool:
         """Whether both have values at the same positions."""
@@ -123,7 +131,7 @@ class Half:
         couples = [(source, target) for source in self.sources for target in self.targets]
         if len(couples) == 1:  # should it not fit, that is said
             return couples
-        return [(source, target) for source, target in couples if source.matrix == target.matrix[::-1] and source.meets(target)]
+        return [(source, target) for source, target in couples if source.mirrors(target) and source.meets(target)]
 
     @functools.cached_property
     def couples(self) -> list[tuple[Part, Part]]:
@@ -294,7 +302,7 @@ def _part(flow: Flow, source: Op, operand: Operand) -> Part | None:
         return None
     tags = flow.trace(source, operand.value)[operand.value].tags
     channels = channels_in(tags)
-    if channels is None:
+    if channels is None or not source.weight.is_part(channels):
         return None
     if _differ_along(tags, operand.axis):  # a matrix along the positions, unless none is behind it
         behind = source_along(source, _ONE_VALUE | {Kind.POINTWISE})
@@ -402,9 +410,15 @@ def _output(flow: Flow, core: Core, v: tuple[Part, ...], op: Op) -> Part | None:
         end = arriving(flow.trace(value, op, tags=tags, carriers=(core.mix,)), op)
         if not isinstance(end.tags, Tensor):
             continue
-        if channels_along(end.tags, op.in_axis) is not None:
-            return Part(op, op.weight, range(op.weight.outputs))
+        arrived = channels_along(end.tags, op.in_axis)
+        if arrived is not None:
+            return Part(op, op.weight, range(op.weight.outputs), in_order=_is_in_order(arrived))
     return None
+
+
+def _is_in_order(channels: Sequence[int]) -> bool:
+    """Whether channels that arrive once each do so in order; those of values that several heads share arrive as often."""
+    return isinstance(channels, range) or len(set(channels)) < len(channels) or list(channels) == sorted(channels)
 
 
 def _own_channels(core: Core) -> Tensor | None:
@@ -481,10 +495,12 @@ def _shapes(source: Part, target: Part) -> str:
 
 
 def _half_obstacle(flow: Flow, roles: Roles, source: Part, target: Part, uses: dict[Op, set[Use]]) -> str | None:
-    if source.matrix != target.matrix[::-1]:
+    if not source.mirrors(target):
         return _shapes(source, target)
     if any(target.block.overlaps(part.block) for part in roles.parts if part is not target):
         return f"{target.block} serves two roles in one attention"
+    if not target.in_order:
+        return f"the channels of the values reach {target.block} in another order"
     for part in (source, target):
         if (reason := misuse(flow, part.weight)) is not None:
             return reason

@@ -115,6 +115,8 @@ def _unit(flow: Flow, product: Op, last: Op) -> _Unit | None:
         return None  # tied already
     if first.op is second.op and not set(first.channels).isdisjoint(second.channels):
         return None  # x * sigmoid(x) is one activation, not a gate
+    if len(first.channels) != len(second.channels):
+        return None  # one number for many channels, such as an expert's weight, scales them
     return _Unit(first, second, product, last, last.weight, across)
 
 
@@ -167,7 +169,8 @@ def _branch(flow: Flow, factor: Op, product: Op, source: Op, loosely: bool) -> _
     if source.weight is None:
         return None
     state = flow.trace(source, product, loosely=loosely).get(factor)
-    is_factor = state is not None and channels_in(state.tags) is not None
+    channels = None if state is None else channels_in(state.tags)
+    is_factor = channels is not None and source.weight.is_part(channels)
     return _Branch(source, source.weight, state) if is_factor and state is not None else None
 
 
@@ -192,7 +195,7 @@ def _obstacle(flow: Flow, unit: _Unit, uses: dict[Op, set[Unit]]) -> str | None:
     for weight in weights:
         if weight.groups > 1 or not weight.is_matrix:
             return f"{weight.name} is no plain matrix but a convolution with {weight.kernel} kernel and {weight.groups} groups"
-    if down.matrix != (up.inputs, len(unit.up.channels)):
+    if not down.mirrors(up, len(unit.up.channels)):
         return f"{down.name} is {down.matrix}, {block} is {(len(unit.up.channels), up.inputs)}: not transposes of each other"
     if unit.across is not None:
         name = unit.across.weight.name if unit.across.weight is not None else unit.across.node.name

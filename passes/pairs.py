@@ -43,7 +43,7 @@ class Pair:
     @property
     def is_transposed(self) -> bool:
         first, second = self.weights
-        return first.matrix == second.matrix[::-1]
+        return second.mirrors(first)
 
     @property
     def is_bottleneck(self) -> bool:
@@ -97,7 +97,8 @@ def could_make(op: Op, second: Op) -> bool:
     first, other = op.weight, second.weight
     if first is None or other is None:
         return False
-    return first.name != other.name and first.inputs * first.groups == other.outputs and first.outputs >= other.inputs
+    as_wide = first.inputs * first.groups // first.parts == other.outputs // other.parts
+    return first.name != other.name and as_wide and first.outputs >= other.inputs
 
 
 def _reaches_alone(flow: Flow, first: Op, second: Op) -> bool:
@@ -203,9 +204,19 @@ def _reader_obstacle(flow: Flow, group: list[Pair]) -> str | None:
 
 def tie(source: Weight, target: Weight, of: Block | None = None, into: Block | None = None) -> Tie:
     """`target ← sourceᵀ`, or `into ← ofᵀ` for parts of them, in the parameters' own layouts."""
-    axes = (min(target.out_dim, target.in_dim), max(target.out_dim, target.in_dim))
-    transposed = source.out_dim == target.out_dim
-    return Tie(into or target.block, of or source.block, transposed, axes, channels=target.out_dim)
+    of, into = of or source.block, into or target.block
+    dims = (*target.out_dims, *target.in_dims)
+    if len(dims) == 2 and {*source.out_dims, *source.in_dims} == {*dims}:
+        return Tie(into, of, source.out_dims == target.out_dims, (min(dims), max(dims)), channels=dims[0])
+    hidden, channels = to = target.spread(target.in_dims)
+    own = source.spread(source.out_dims)
+    origin = dict(zip(hidden + channels, own[0] + own[1], strict=False))
+    moved = [dim for dim in origin if origin[dim] != dim]
+    keeps = len(channels) == 1 and len(into.shape) == len(of.shape) and all(into.shape[dim] == of.shape[origin[dim]] for dim in origin)
+    if keeps and (not moved or (len(moved) == 2 and channels[0] in moved)):
+        first, second = sorted(moved or (hidden[-1], channels[0]))
+        return Tie(into, of, bool(moved), (first, second), channels=channels[0])
+    return Tie(into, of, True, channels=channels[0], spread=(to, own))
 
 
 def common_module(names: tuple[str, ...]) -> str:
@@ -364,8 +375,10 @@ def _is_matrix(op: Op) -> bool:
 
 def _is_part_of_output(op: Op) -> bool:
     """Whether a matrix is what some of a weight's input channels meet: attention has its output projection in the others."""
-    weight = op.weight
-    return op.is_projection and weight is not None and weight.is_matrix and weight.block.divided == (weight.in_dim,)
+    if not op.is_projection or op.weight is None or not op.weight.is_matrix:
+        return False
+    divided = op.weight.block.divided
+    return bool(divided) and {*op.weight.in_dims}.issuperset(divided)
 
 
 def _is_claimed(flow: Flow, op: Op) -> bool:

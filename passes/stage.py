@@ -191,10 +191,10 @@ def _treated(flow: Flow, pair: Pair, treatment: str, forbidden: Callable[[Tie | 
         return Miss("bottleneck", name, pair.names, f"{shapes}; entry={treatment!r} does not apply: {entry}")
     root = second.block
     if treatment == "slice":
-        tie = Tie(first.block, root.narrowed(second.out_dim, range(first.inputs)), True, channels=first.in_dim)
+        tie = Tie(first.block, root.narrowed(second.out_dims[0], range(first.inputs)), True, channels=first.in_dims[0])
     else:
         wide = (first.outputs, second.outputs, *first.block.full_shape[2:])
-        tie = Tie(Block.whole(first.name, wide), root, True, channels=first.in_dim)
+        tie = Tie(Block.whole(first.name, wide), root, True, channels=first.in_dims[0])
     reason = forbidden(tie) or forbidden(entry)
     if reason is not None:
         return Miss("bottleneck", name, pair.names, f"{shapes}; entry={treatment!r} does not apply: {reason}")

@@ -23,6 +23,12 @@ Ranges = tuple[tuple[int, int], ...]
 
 Shape = tuple[int, ...]
 
+Dims = tuple[int, ...]
+"""Dimensions of a parameter, by number."""
+
+Spread = tuple[Dims, Dims]
+"""The dimensions along which the rows of a matrix lie, and those of its columns; several are read as one, the last changing fastest."""
+
 
 def to_ranges(positions: Iterable[int]) -> Ranges:
     """
@@ -144,6 +150,16 @@ class Block:
         return f"{self.name}[{', '.join(parts)}]"
 
 
+def _lies_in(block: Block, spread: Spread) -> bool:
+    """Whether the matrix takes each dimension once, as it must."""
+    return sorted((*spread[0], *spread[1])) == list(range(len(block.shape)))
+
+
+def _as_matrix(block: Block, spread: Spread) -> tuple[int, int]:
+    rows, columns = (math.prod(block.shape[dim] for dim in dims) for dims in spread)
+    return rows, columns
+
+
 @dataclass(frozen=True)
 class Tie:
     """`into` is no parameter any more: it is `of`, its matrix dimensions `axes` swapped where `transposed`.
@@ -161,6 +177,12 @@ class Tie:
     signed permutation, drawn by `seed` (with signs along the other of `axes`, too), and a learned factor per channel that starts
     at `gain`. It is the dimension of the output channels, so that a unit does not write back along the direction that it reads.
     `contiguous`: the model views `into` in a way in which a transposed matrix cannot be viewed; it is a copy, row by row.
+    `spread`: where swapping two dimensions does not do, how a matrix lies in `into`, and how the same one lies in `of`; then `channels`
+    is the first dimension of its columns in `into`.
+
+    >>> keys, values = Block.whole("k", (8, 2, 4)), Block.whole("v", (8, 2, 4))
+    >>> print(Tie(values, keys, transposed=True, channels=1, spread=(((0,), (1, 2)), ((1, 2), (0,)))))
+    v ← kᵀ
 
     Raises `PeFxError` where the two blocks do not have matching shapes, or not these dimensions.
     """
@@ -173,14 +195,25 @@ class Tie:
     seed: int | None = None
     gain: float | None = None
     contiguous: bool = False
+    spread: tuple[Spread, Spread] | None = None
 
     def __post_init__(self) -> None:
-        rank = min(len(self.into.shape), len(self.of.shape))
-        if not 0 <= min(self.axes) < max(self.axes) < rank or self.channels not in (None, *self.axes):
-            raise PeFxError(f"{self} cannot be a tie: axes {self.axes} and channels {self.channels} do not fit {self.into.shape}")
+        if self.spread is None:
+            rank = min(len(self.into.shape), len(self.of.shape))
+            fits = 0 <= min(self.axes) < max(self.axes) < rank and self.channels in (None, *self.axes)
+        else:
+            fits = all(_lies_in(block, dims) for block, dims in zip((self.into, self.of), self.spread, strict=True))
+            fits = fits and self.channels in (None, *self.spread[0][1][:1])
+        if not fits:
+            where = f"axes {self.axes}" if self.spread is None else f"a matrix along {self.spread}"
+            raise PeFxError(f"{self} cannot be a tie: {where} and channels {self.channels} do not fit {self.into.shape}")
         if self.gain is not None and not math.isfinite(self.gain):
             raise PeFxError(f"{self} cannot be a tie: its gain is {self.gain}")
-        if _trimmed(self.into.shape, self.axes) != _trimmed(self.source_shape, self.axes):
+        if self.spread is None:
+            alike = _trimmed(self.into.shape, self.axes) == _trimmed(self.source_shape, self.axes)
+        else:
+            alike = _as_matrix(self.into, self.spread[0]) == _as_matrix(self.of, self.spread[1])
+        if not alike:
             raise PeFxError(f"{self} cannot be a tie: {self.into.shape} is not the shape of {self.of.shape}{'ᵀ' * self.transposed}")
         if self.channels is None and (self.seed is not None or self.gain is not None):
             raise PeFxError(f"{self} names no dimension whose channels are mixed or scaled")
@@ -203,9 +236,21 @@ class Tie:
         return self.of.name
 
     @property
+    def shape(self) -> Shape:
+        """What a variant of the tie changes: `into`, or the matrix that is spread over it."""
+        return self.into.shape if self.spread is None else _as_matrix(self.into, self.spread[0])
+
+    @property
+    def channel_axes(self) -> tuple[int, int]:
+        """The axes of this shape along which a variant's channels lie, and the others of the matrix."""
+        if self.spread is not None or self.channels is None:
+            return 1, 0
+        return self.channels, sum(self.axes) - self.channels
+
+    @property
     def gains(self) -> int:
         """The number of learned factors."""
-        return 0 if self.gain is None or self.channels is None else self.into.shape[self.channels]
+        return 0 if self.gain is None or self.channels is None else self.shape[self.channel_axes[0]]
 
     def text(self, within: str = "") -> str:
         """What `into` is, the source named relative to the module `within`."""

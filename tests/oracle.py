@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -156,15 +157,29 @@ def positions(tie: Tie) -> tuple[Tensor, Tensor]:
     """For each entry of the target block its position in the flattened target, and that of its value in the flattened source."""
     target = _flat_positions(tie.into)
     source = _flat_positions(tie.of)
-    if tie.transposed:
+    if tie.spread is not None:
+        target, source = (each.permute(rows + columns) for each, (rows, columns) in zip((target, source), tie.spread, strict=True))
+        target, source = target.reshape(matrix_shape(tie)), source.reshape(matrix_shape(tie))
+    elif tie.transposed:
         first, second = tie.axes
         order = list(range(source.dim()))
         order[first], order[second] = second, first
         source = source.permute(order)
     source = source.reshape(target.shape)
     if tie.seed is not None:
-        source = source.index_select(tie.channels, torch.tensor(signed_order(tie)[0]))
+        source = source.index_select(channel_axis(tie), torch.tensor(signed_order(tie)[0]))
     return target.reshape(-1), source.reshape(-1)
+
+
+def matrix_shape(tie: Tie) -> tuple[int, ...]:
+    """The shape that a variant sees: the target's, or that of the rows and columns that its dimensions make up."""
+    if tie.spread is None:
+        return tie.into.shape
+    return tuple(math.prod(tie.into.shape[dim] for dim in dims) for dims in tie.spread[0])
+
+
+def channel_axis(tie: Tie) -> int:
+    return (tie.channels or 0) if tie.spread is None else 1
 
 
 def signed_order(tie: Tie) -> tuple[list[int], list[int]]:
@@ -172,7 +187,7 @@ def signed_order(tie: Tie) -> tuple[list[int], list[int]]:
     mix = mix_of(tie)
     assert mix is not None
     piles: list[list[int]] = [[] for _ in range(mix.hands)]
-    for card in range(tie.into.shape[mix.axis]):
+    for card in range(matrix_shape(tie)[mix.axis]):
         piles[card % mix.hands].append(card)
     cards = [card for pile in piles for card in pile]
     half = len(cards) // 2
@@ -181,9 +196,9 @@ def signed_order(tie: Tie) -> tuple[list[int], list[int]]:
 
 def factors(tie: Tie, plan: Plan, gains: Mapping[str, Tensor] | None = None) -> Tensor:
     """What each entry of the target block is multiplied with."""
-    result = torch.ones(tie.into.shape)
+    result = torch.ones(matrix_shape(tie))
     along = [1] * result.dim()
-    along[tie.channels or 0] = -1
+    along[channel_axis(tie)] = -1
     if (mix := mix_of(tie)) is not None:
         result = result * torch.tensor(signed_order(tie)[1]).view(along)
         result.narrow(mix.across, 0, result.shape[mix.across] // 2).neg_()
@@ -213,9 +228,9 @@ def _gain_gradient(name: str, gradients: dict[str, Tensor | None], plan: Plan, t
         if gradient is None:
             return None
         target_index, _ = positions(tie)
-        shape = tie.into.shape
+        shape = matrix_shape(tie)
         share = (gradient * twin.get_parameter(tie.target).detach()).reshape(-1)[target_index].reshape(shape)
-        others = [axis for axis in range(len(shape)) if axis != tie.channels]
+        others = [axis for axis in range(len(shape)) if axis != channel_axis(tie)]
         total[_own_gains(tie, plan)] = share.sum(others) / gain.detach()[_own_gains(tie, plan)]
     return total
 

@@ -597,15 +597,6 @@ def test_average_over_channels_leaves_the_output() -> None:
     assert re.search(r"output projection .* q\.weight: matmul_1 averages over channels, not over positions", pe_fx.plan(net, X).explain())
 
 
-def test_weights_of_three_dimensions() -> None:
-    def forward(m: Net, x: Tensor) -> Tensor:
-        q, k, v = (torch.einsum("bih,hnd->bnid", x, part) for part in (m.q, m.k, m.v))
-        return torch.einsum("bnid,hnd->bih", by_hand(q, k, v), m.o)
-
-    net = Net(forward, **{name: weight(D, HEADS, HEAD) for name in "qkvo"})
-    miss(net, X, "neither the queries nor the keys of .* are made by one matrix alone", weights=("q", "k", "v"))
-
-
 def test_attention_without_weights_is_no_miss() -> None:
     assert not pe_fx.plan(Net(lambda m, x: m.out(by_hand(x, x, x)), out=linear(D, D)), X).misses
 

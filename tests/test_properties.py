@@ -187,7 +187,7 @@ class GateBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Attend:
-    """Attention: the weights `apart` or rows of one, the products written out or fused.
+    """Attention: the weights `apart`, rows of one, or of three dimensions by `einsum` or `view`; the products written out or fused.
 
     `rotary`: by positions that are an input; `values`: written into a cache with the keys, masked, or added to others that fit as well.
     """
@@ -204,23 +204,40 @@ class Attend:
     def sites(self) -> list[Expected]:
         if (self.written_out and not self.softmax) or (self.values == "residual" and self.after == "mean"):
             return []
-        inner = {"apart": ("q", "k", "v"), "kv": ("q", "kv"), "qkv": ("qkv",)}[self.weights]
-        inner += ("other",) if self.values == "residual" else ()
+        inner = self.inner + (("other",) if self.values == "residual" else ())
         return [("attention", inner if self.after == "mean" else (*inner, "proj"))]
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        return {"kv": ("q", "kv"), "qkv": ("qkv",)}.get(self.weights, ("q", "k", "v"))
 
 
 class AttendBlock(nn.Module):
     def __init__(self, spec: Attend) -> None:
         super().__init__()
         self.spec = spec
-        self.names = {"apart": ("q", "k", "v"), "kv": ("q", "kv"), "qkv": ("qkv",)}[spec.weights]
-        for name in (*self.names, "proj"):
-            setattr(self, name, nn.Parameter(torch.randn((1 if name == "proj" else len(name)) * WIDTH, WIDTH) / 4))
+        for name in (*spec.inner, "proj"):
+            shape: tuple[int, ...] = ((1 if name == "proj" else len(name)) * WIDTH, WIDTH)
+            if spec.weights in ("einsum", "view"):
+                apart = (spec.heads, WIDTH // spec.heads)
+                shape = (*apart, WIDTH) if name == "proj" else (WIDTH, *apart)
+            setattr(self, name, nn.Parameter(torch.randn(shape) / 4))
         if spec.values == "residual":
             self.other = nn.Parameter(torch.randn(WIDTH, WIDTH) / 4)
 
+    def apply_weight(self, x: Tensor, name: str) -> Tensor:
+        weight = getattr(self, name)
+        match self.spec.weights, name:
+            case "einsum", "proj":
+                return torch.einsum("bnhk,hkc->bnc", x.unflatten(-1, weight.shape[:2]), weight)
+            case "einsum", _:
+                return torch.einsum("bnc,chk->bnhk", x, weight).flatten(-2)
+            case "view", _:
+                return x @ weight.view(WIDTH, WIDTH)
+        return F.linear(x, weight)
+
     def forward(self, x: Tensor, mask: Tensor, condition: Tensor, positions: Tensor) -> Tensor:
-        parts = [part for name in self.names for part in F.linear(normed(x), getattr(self, name)).split(WIDTH, -1)]
+        parts = [part for name in self.spec.inner for part in self.apply_weight(normed(x), name).split(WIDTH, -1)]
         q, k, v = (part.unflatten(-1, (self.spec.heads, -1)).transpose(1, 2) for part in parts)
         if self.spec.rotary:
             q, k = (turned(part, positions) for part in (q, k))
@@ -236,7 +253,7 @@ class AttendBlock(nn.Module):
             y = (scores.softmax(-1) if self.spec.softmax else scores.sigmoid()) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
-        return x + F.linear((HARMLESS | BREAKING)[self.spec.after](y.transpose(1, 2).flatten(-2)), self.proj)
+        return x + self.apply_weight((HARMLESS | BREAKING)[self.spec.after](y.transpose(1, 2).flatten(-2)), "proj")
 
 
 def turned(x: Tensor, positions: Tensor) -> Tensor:
@@ -330,8 +347,64 @@ class ParallelBlock(nn.Module):
         return x
 
 
-Spec = Chain | Gate | Attend | Joint | Parallel
-BLOCKS = {Chain: ChainBlock, Gate: GateBlock, Attend: AttendBlock, Joint: JointBlock, Parallel: ParallelBlock}
+BETWEEN = {name: HARMLESS[name] for name in ("nothing", "dropout", "norm", "rms", "split")}
+BREAKING_BETWEEN = {"flip": lambda h: h.flip(-1), "shuffle": BREAKING["shuffle"], "experts": lambda h: h.flip(-3)}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Feed-forward layers side by side in one tensor, (experts, in, out); their results are summed, each `scored` or not, by `form`."""
+
+    form: str = "einsum"
+    experts: int = 3
+    hidden: int = 12
+    activation: str | None = "relu"
+    after: str = "nothing"
+    gated: bool = False
+
+    @property
+    def sites(self) -> list[Expected]:
+        if self.activation is None or (self.after in BREAKING_BETWEEN and (self.after != "experts" or self.experts > 1)):
+            return []
+        return [("glu", ("gate", "first", "second")) if self.gated else ("mlp", ("first", "second"))]
+
+
+class ExpertsBlock(nn.Module):
+    def __init__(self, spec: Experts) -> None:
+        super().__init__()
+        self.spec = spec
+        self.first, self.gate = (nn.Parameter(torch.randn(spec.experts, WIDTH, spec.hidden) / 4) for _ in range(2))
+        self.second = nn.Parameter(torch.randn(spec.experts, spec.hidden, WIDTH) / 4)
+        self.router = nn.Parameter(torch.randn(spec.experts, WIDTH) / 4)
+
+    def up(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight if self.spec.form in ("bmm", "matmul") else torch.einsum("bnc,ecf->benf", x, weight)
+
+    def forward(self, x: Tensor, mask: Tensor, condition: Tensor, positions: Tensor) -> Tensor:
+        y = given = normed(x)
+        match self.spec.form:
+            case "bmm":
+                given = y.flatten(0, 1).expand(self.spec.experts, -1, -1)
+            case "matmul":
+                given = y.unsqueeze(1)
+        h = self.up(given, self.first)
+        activation = ACTIVATIONS.get(self.spec.activation or "", lambda h: h)
+        h = activation(self.up(given, self.gate)) * h if self.spec.gated else activation(h)
+        h = (BETWEEN | BREAKING_BETWEEN)[self.spec.after](h)
+        match self.spec.form:
+            case "bmm":
+                y = torch.bmm(h, self.second).sum(0).view_as(x)
+            case "matmul":
+                y = (h @ self.second).sum(1)
+            case "scored":
+                y = torch.einsum("benf,efc,bne->bnc", h, self.second, F.linear(y, self.router).softmax(-1))
+            case _:
+                y = torch.einsum("benf,efc->bnc", h, self.second)
+        return x + y
+
+
+Spec = Chain | Gate | Attend | Joint | Parallel | Experts
+BLOCKS = {Chain: ChainBlock, Gate: GateBlock, Attend: AttendBlock, Joint: JointBlock, Parallel: ParallelBlock, Experts: ExpertsBlock}
 
 changes = st.sampled_from([*HARMLESS] * 3 + [*BREAKING])
 sizes = st.sampled_from((8, 12, 16))
@@ -361,7 +434,7 @@ gates = st.builds(
 )
 attentions = st.builds(
     Attend,
-    st.sampled_from(("apart", "kv", "qkv")),
+    st.sampled_from(("apart", "kv", "qkv", "einsum", "view")),
     st.booleans(),
     st.booleans(),
     st.sampled_from((1, 2)),
@@ -370,6 +443,17 @@ attentions = st.builds(
     st.sampled_from(("plain", "plain", "residual", "masked", "cached")),
 )
 joints = st.builds(Joint, st.booleans())
+
+
+experts = st.builds(
+    Experts,
+    st.sampled_from(("einsum", "scored", "bmm", "matmul")),
+    st.sampled_from((1, 2, 3)),
+    sizes,
+    st.sampled_from([*ACTIVATIONS, None]),
+    st.sampled_from([*BETWEEN, *BREAKING_BETWEEN]),
+    st.booleans(),
+)
 
 
 @st.composite
@@ -431,7 +515,7 @@ class Network:
 
 networks = st.builds(
     Network,
-    blocks=st.lists(st.one_of(chains, chains, gates, attentions, joints, parallels()), min_size=1, max_size=4).map(tuple),
+    blocks=st.lists(st.one_of(chains, chains, gates, attentions, joints, parallels(), experts), min_size=1, max_size=4).map(tuple),
     depths=st.tuples(*[st.integers(0, 2)] * 4),
     again=seldom,
 )

@@ -23,6 +23,7 @@ from pe_fx.graph.derive import derive_inputs
 from pe_fx.graph.inputs import ExampleInputs, as_arguments, enumerate_tensors, tensors_in
 from pe_fx.graph.ops import COPIES, GATHERS, base_name, value_of
 from pe_fx.graph.plain import plain
+from pe_fx.graph.products import open_products
 from pe_fx.graph.routes import Flattened, Traced, exported, qualified, recorded, run
 
 log = logging.getLogger(__name__)
@@ -163,6 +164,7 @@ def _labelled(traced: Traced, inputs: ExampleInputs) -> Captured:
             users.add(node)
         elif node.name in traced.constants:
             _show(node, traced.constants[node.name])
+    open_products(graph, weights, users)
     return Captured(graph, weights, users, inputs, traced.how)
 
 
@@ -187,7 +189,9 @@ def _read(gm: fx.GraphModule) -> Captured:
             node.meta.setdefault("val", value)
         elif node.op == "placeholder" and isinstance(value_of(node), nn.Parameter):
             weights[node] = node.name
-    return Captured(graph, weights, set(graph.find_nodes(op="placeholder")) - set(weights))
+    inputs = set(graph.find_nodes(op="placeholder")) - set(weights)
+    open_products(graph, weights, inputs)
+    return Captured(graph, weights, inputs)
 
 
 def _has_values(graph: fx.Graph) -> bool:

@@ -8,29 +8,31 @@ import string
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from pe_fx.graph.ops import Kind, value_of
-from pe_fx.ties import Block, Shape, length
+from pe_fx.graph.ops import Kind, base_name, value_of
+from pe_fx.ties import Block, Dims, Shape, Spread
 
 
 @dataclass(frozen=True)
 class Weight:
     """The parameter behind a weight operand.
 
-    `rows[i]` is the position along the parameter's dimension `out_dim` that holds output channel i (a range where these are
-    consecutive); `in_dim` is the dimension of the input channels. `kernel` is the spatial extent of a convolution, () for a
-    linear. The operand is a view of the parameter or calculated from it as in weight standardisation; if by anything else,
-    `opaque` names the operation.
+    Its output channels lie along the dimensions `out_dims` of the parameter, its input channels along `in_dims`; of several, the first
+    changes slowest. A dimension among both holds one matrix for each group of channels, as of experts. `rows[i]` is the position, along
+    all of `out_dims` as one, that holds output channel i (a range where these are consecutive); `inputs` is the number of input
+    channels. `kernel` is the spatial extent of a convolution, () for a linear. The operand is a view of the parameter or calculated
+    from it as in weight standardisation; if by anything else, `opaque` names the operation.
     """
 
     block: Block
-    out_dim: int
-    in_dim: int
+    out_dims: Dims
+    in_dims: Dims
     rows: Sequence[int]
+    inputs: int
     kernel: Shape = ()
     groups: int = 1
     opaque: str = ""
@@ -44,12 +46,13 @@ class Weight:
         return len(self.rows)
 
     @property
-    def inputs(self) -> int:
-        return length(self.block.ranges[self.in_dim])
-
-    @property
     def matrix(self) -> tuple[int, int]:
         return self.outputs, self.inputs
+
+    @functools.cached_property
+    def parts(self) -> int:
+        """The number of groups of channels that have a matrix each."""
+        return math.prod(self.block.shape[dim] for dim in self.out_dims if dim in self.in_dims)
 
     @functools.cached_property
     def is_straight(self) -> bool:
@@ -62,16 +65,55 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it multiplies each position by one matrix: a linear or an ungrouped 1x1 convolution."""
+        """Whether it multiplies each position by matrices alone: a linear or an ungrouped 1x1 convolution."""
         return math.prod(self.kernel) == 1 and self.groups == 1
 
     @functools.cached_property
     def is_whole_matrix(self) -> bool:
         return self.is_matrix and self.block.is_whole
 
+    def mirrors(self, other: Weight, channels: int | None = None) -> bool:
+        """Whether its shape is that of the other's transpose, or of these many of the other's output channels."""
+        channels = other.outputs if channels is None else channels
+        beyond = self.outputs // self.parts == other.inputs // other.parts and (self.parts == other.parts or 1 in (self.parts, other.parts))
+        alike = self.block.numel * other.outputs == other.block.numel * channels
+        return self.inputs == channels and beyond and (alike or not (self.is_matrix and other.is_matrix))
+
+    def spread(self, rows: Dims) -> Spread:
+        """How its matrix lies in the parameter, with the channels along `rows` as rows; each group's channels are in a row of their own."""
+        beside = tuple(dim for dim in range(len(self.block.shape)) if dim not in (*self.out_dims, *self.in_dims))
+        return (*beside, *rows), tuple(dim for dim in (*self.out_dims, *self.in_dims) if dim not in rows)
+
     def of_channels(self, channels: Iterable[int]) -> Block:
-        """The part of the parameter that makes these output channels."""
-        return self.block.narrowed(self.out_dim, channels if self.is_straight else (self.rows[channel] for channel in channels))
+        """The part of the parameter that makes these output channels; all of it where they are no rectangular part."""
+        part = self._part(channels)
+        return self.block if part is None else part
+
+    def is_part(self, channels: Iterable[int]) -> bool:
+        """Whether these output channels are a rectangular part of the parameter."""
+        return self._part(channels) is not None
+
+    def _part(self, channels: Iterable[int]) -> Block | None:
+        return narrowed(self.block, self.out_dims, channels if self.is_straight else [self.rows[channel] for channel in channels])
+
+
+def narrowed(block: Block, dims: Dims, positions: Iterable[int]) -> Block | None:
+    """The part of the block that holds these positions along several of its parameter's dimensions as one; None where it holds others, too.
+
+    >>> str(narrowed(Block.whole("w", (3, 4, 8)), (0, 1), range(4, 8))), narrowed(Block.whole("w", (3, 4, 8)), (0, 1), range(6))
+    ('w[1:2]', None)
+    """
+    if len(dims) == 1:
+        return block.narrowed(dims[0], positions)
+    sizes = [block.full_shape[dim] for dim in dims]
+    held = positions if isinstance(positions, range) else frozenset(positions)
+    if held == range(math.prod(sizes)) or not dims:
+        return block
+    beyond = 1
+    for dim, size in reversed(list(zip(dims, sizes, strict=True))):
+        block = block.narrowed(dim, {position // beyond % size for position in held})
+        beyond *= size
+    return block if math.prod(block.shape[dim] for dim in dims) == len(held) else None
 
 
 @dataclass(eq=False)
@@ -114,33 +156,67 @@ class Op:
         return f"<{self.index} {self.node.name} {self.kind.name} {self.shape}>"
 
 
+_PRODUCTS = ("matmul", "mm", "bmm", "baddbmm", "tensordot")
+
+
+class Product(NamedTuple):
+    """A product as an einsum: what is multiplied, the labels of each factor's axes, and those of the result."""
+
+    factors: tuple[fx.Node, ...]
+    terms: tuple[str, ...]
+    result: str
+
+
 def product_labels(op: Op) -> tuple[str, str, str] | None:
     """A matrix product as einsum labels of its two factors and its result."""
-    if op.name == "einsum":
-        equation = op.node.args[0]
-        if not isinstance(equation, str) or "->" not in equation:
-            return None
-        left, result = equation.replace(" ", "").split("->")
-        terms = left.split(",")
-        if len(terms) != 2:
-            return None
-        spelled = [
-            _spelled_out(term, None if factor is None else len(factor.shape)) for term, factor in zip(terms, factors(op), strict=True)
-        ]
-        return spelled[0], spelled[1], _spelled_out(result, len(op.shape))
-    if op.name == "tensordot":
-        return _tensordot_labels(op)
-    rank = len(op.shape)
-    ranks = [rank if factor is None else len(factor.shape) for factor in factors(op)]
-    if op.name in ("mv", "addbmm") or len(ranks) < 2 or min(ranks) < 2:
+    if op.kind is Kind.ATTEND:
+        return _matmul_labels(len(op.shape), len(op.shape), len(op.shape if op.operands[2] is None else op.operands[2].shape))
+    product = product_of(op.node)
+    return None if product is None or len(product.terms) != 2 else (*product.terms, product.result)
+
+
+def product_of(node: fx.Node) -> Product | None:
+    """What a node multiplies; None where it is no product, or none that einsum could spell."""
+    name = base_name(node)
+    if name == "einsum":
+        return _einsum(node)
+    factors = node.args[1:3] if name == "baddbmm" else node.args[:2]
+    if name not in _PRODUCTS or len(factors) != 2 or not all(isinstance(factor, fx.Node) for factor in factors):
         return None
+    if name == "tensordot":
+        *terms, result = _tensordot_labels(node)
+    else:
+        ranks = [len(shape_of(value_of(factor))) for factor in factors]  # type: ignore[arg-type]
+        if min(ranks) < 2:
+            return None
+        *terms, result = _matmul_labels(len(shape_of(value_of(node))), *ranks)
+    return Product(factors, tuple(terms), result)  # type: ignore[arg-type]
+
+
+def _matmul_labels(rank: int, first: int, second: int) -> tuple[str, str, str]:
     batch = "".join(chr(ord("A") + axis) for axis in range(rank - 2))
-    return batch[rank - ranks[0] :] + "mk", batch[rank - ranks[1] :] + "kn", batch + "mn"
+    return batch[rank - first :] + "mk", batch[rank - second :] + "kn", batch + "mn"
 
 
-def _tensordot_labels(op: Op) -> tuple[str, str, str]:
-    left, right = (len(shape_of(value_of(argument))) for argument in op.node.args[:2])  # type: ignore[arg-type]
-    dims: Any = op.node.args[2:4] or (op.node.kwargs.get("dims", 2),)
+def _einsum(node: fx.Node) -> Product | None:
+    equation, *rest = node.args
+    nodes = rest[0] if rest and isinstance(rest[0], (list, tuple)) else rest
+    if not isinstance(equation, str) or not nodes or not all(isinstance(factor, fx.Node) for factor in nodes):
+        return None  # labels as lists of numbers
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        once = sorted(label for label in set(left) - set(",.") if left.count(label) == 1)
+        result = "..." * ("..." in left) + "".join(once)
+    if len(terms) != len(nodes):
+        return None
+    spelled = [_spelled_out(term, len(shape_of(value_of(factor)))) for term, factor in zip(terms, nodes, strict=True)]  # type: ignore[arg-type]
+    return Product(tuple(nodes), tuple(spelled), _spelled_out(result, len(shape_of(value_of(node)))))  # type: ignore[arg-type]
+
+
+def _tensordot_labels(node: fx.Node) -> tuple[str, str, str]:
+    left, right = (len(shape_of(value_of(argument))) for argument in node.args[:2])  # type: ignore[arg-type]
+    dims: Any = node.args[2:4] or (node.kwargs.get("dims", 2),)
     pairs = (range(-dims[0], 0), range(dims[0])) if isinstance(dims[0], int) else dims if len(dims) == 2 else dims[0]
     first, second = string.ascii_lowercase[:left], list(string.ascii_uppercase[:right])
     for a, b in zip(*pairs, strict=True):
@@ -149,14 +225,14 @@ def _tensordot_labels(op: Op) -> tuple[str, str, str]:
     return first, "".join(second), "".join(label for label in (*first, *second) if label not in summed)
 
 
-def _spelled_out(term: str, rank: int | None) -> str:
-    """An einsum term with letters for its ellipsis, the same counted from the right.
+def _spelled_out(term: str, rank: int) -> str:
+    """An einsum term with letters for its ellipsis, none that einsum takes, the same counted from the right.
 
     >>> _spelled_out("...ij", 4)
-    'YZij'
+    'ψωij'
     """
-    hidden = 0 if rank is None else rank - len(term.replace("...", ""))
-    return term.replace("...", "".join(chr(ord("Z") - hidden + 1 + i) for i in range(hidden)))
+    hidden = rank - len(term.replace("...", ""))
+    return term.replace("...", "".join(chr(ord("ω") - hidden + 1 + i) for i in range(hidden)))
 
 
 def factors(op: Op) -> tuple[Op | None, ...]:

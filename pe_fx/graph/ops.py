@@ -41,7 +41,7 @@ _NAMES: dict[Kind, str] = {
         arange empty empty_like eye full full_like linspace new_empty new_full new_ones new_zeros ones ones_like
         rand rand_like randint randn randn_like scalar_tensor size sym_size tensor zeros zeros_like tril_indices triu_indices
     """,
-    Kind.PROJECTION: "linear addmm grouped_mm scaled_grouped_mm grouped_mm_fallback",
+    Kind.PROJECTION: "linear addmm grouped_mm scaled_grouped_mm grouped_mm_fallback linear_by_group",
     Kind.CONV: "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d",
     Kind.ATTEND: "scaled_dot_product_attention",
     Kind.MATMUL: "matmul mm bmm baddbmm addbmm einsum tensordot mv",

@@ -58,7 +58,7 @@ def channels_along(tags: Any, axis: int) -> Sequence[int] | None:
     largest = flat.amax(0)
     if not bool(((flat == largest) | (flat == 0)).all()) or not bool((largest > 0).all()):
         return None
-    return _listed(largest.long() - 1)
+    return listed(largest.long() - 1)
 
 
 @remembered
@@ -69,10 +69,10 @@ def channels_in(tags: Any) -> Sequence[int] | None:
     present = torch.unique(shrunk(tags)).long() - 1  # type: ignore[no-untyped-call]
     if present[0] < -1 or present[-1] < 0:
         return None
-    return _listed(present[present >= 0])
+    return listed(present[present >= 0])
 
 
-def _listed(numbers: Tensor) -> Sequence[int]:
+def listed(numbers: Tensor) -> Sequence[int]:
     """The numbers, as a range where they are consecutive: those are compared at no cost."""
     found = numbers.tolist()
     consecutive = range(found[0], found[0] + len(found)) if found else range(0)
@@ -114,7 +114,7 @@ def numbered(shape: Shape, axis: int) -> Tensor:
 @remembered
 def nothing_in(shape: Shape) -> Tensor:
     """The tags of a value that holds no channel of the origin."""
-    return torch.zeros(1, dtype=torch.float64).expand(shape)
+    return torch.zeros((), dtype=torch.float64).expand(shape)
 
 
 def expand_along(values: Tensor, shape: Shape, axis: int) -> Tensor:

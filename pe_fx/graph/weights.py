@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from pe_fx.graph.capture import Captured
-from pe_fx.graph.operation import Op, Weight, factors, is_floating, is_tensor, product_labels, shape_of
+from pe_fx.graph.operation import Op, Weight, factors, is_floating, is_tensor, narrowed, product_labels, shape_of
 from pe_fx.graph.ops import KINDS, RESHAPES, Kind, base_name, value_of
-from pe_fx.graph.tags import channels_along, channels_in, numbered, varying_axes
+from pe_fx.graph.products import linear_by_group
+from pe_fx.graph.tags import channels_in, listed, numbered, remembered, varying_axes
 from pe_fx.graph.views import moved
 from pe_fx.graph.walks import reached
-from pe_fx.ties import Block, Shape
+from pe_fx.ties import Block, Dims, Shape
+
+_AXES: dict[str, tuple[Dims, Dims]] = {"linear": ((0,), (1,)), linear_by_group.__name__: ((0, 1), (0, 2))}
+"""Of operations on a value and a weight, the weight's axes along which their output and their input channels lie."""
 
 _STATIC_KINDS = {Kind.POINTWISE, Kind.PRODUCT, Kind.NORM, Kind.REDUCE, Kind.NONLINEAR, Kind.CONSTANT}
 _IDENTITIES = (
@@ -78,17 +85,17 @@ def attach_weight(op: Op, operands: list[fx.Node], static: Static) -> None:
     if op.kind is Kind.CONV:
         _attach_kernel(op, operands, static)
         return
-    if op.name == "linear":
-        position, out_label, in_label = 1, 0, 1
+    if op.name in _AXES and op.kind is Kind.PROJECTION:
+        position, (out_axes, in_axes) = 1, _AXES[op.name]
         op.operands = op.operands[:1]
     elif op.name != "addmm" and op.kind is Kind.PROJECTION:  # grouped_mm(x, W of every expert, offsets)
-        position, out_label, in_label = 1, 2, 1
+        position, out_axes, in_axes = 1, (2,), (1,)
         op.operands = op.operands[:1]
     elif op.kind is Kind.PROJECTION:  # addmm(bias, x, W)
         if op.operands[0] is not None or op.operands[1] is None or op.operands[2] is not None:
             op.kind = Kind.OTHER
             return
-        position, out_label, in_label = 2, 1, 0
+        position, out_axes, in_axes = 2, (1,), (0,)
         op.operands = (op.operands[1],)
     else:
         labels = product_labels(op)
@@ -99,20 +106,17 @@ def attach_weight(op: Op, operands: list[fx.Node], static: Static) -> None:
         names, value_names, result = labels[position], labels[1 - position], labels[2]
         inner = [label for label in names if label in value_names and label not in result]
         outer = [label for label in names if label in result and label not in value_names]
-        node = operands[position + (op.name == "baddbmm")]
-        weight_rank = len(shape_of(value_of(node)))
-        names = names[-weight_rank:] if op.name != "einsum" else names
         if len(inner) != 1 or len(outer) != 1 or len(names) != 2:
             return
-        value = pair[1 - position]
-        weight = _view_of_parameter(node, names.index(outer[0]), names.index(inner[0]), static)
+        value, node = pair[1 - position], operands[position + (op.name == "baddbmm")]
+        weight = _view_of_parameter(node, (names.index(outer[0]),), (names.index(inner[0]),), static)
         if weight is None or value is None:
             return
         op.kind, op.weight, op.operands = Kind.PROJECTION, weight, (value,)
         op.in_axis = value_names.index(inner[0]) - len(value_names)
         op.out_axis = result.index(outer[0]) - len(result)
         return
-    op.weight = _view_of_parameter(operands[position], out_label, in_label, static)
+    op.weight = _view_of_parameter(operands[position], out_axes, in_axes, static)
 
 
 def _attach_kernel(op: Op, operands: list[fx.Node], static: Static) -> None:
@@ -126,30 +130,30 @@ def _attach_kernel(op: Op, operands: list[fx.Node], static: Static) -> None:
     if not isinstance(groups, int):
         return
     op.groups = groups
-    out_label, in_label = (1, 0) if transposed else (0, 1)
-    op.weight = _view_of_parameter(operands[1], out_label, in_label, static, kernel[2:], groups)
+    out_axis, in_axis = (1, 0) if transposed else (0, 1)
+    op.weight = _view_of_parameter(operands[1], (out_axis,), (in_axis,), static, kernel[2:], groups)
     if op.weight is not None and op.weight.is_matrix and not transposed:
         op.kind = Kind.PROJECTION
 
 
-def _view_of_parameter(node: fx.Node, out_label: int, in_label: int, static: Static, kernel: Shape = (), groups: int = 1) -> Weight | None:
+def _view_of_parameter(node: fx.Node, out_axes: Dims, in_axes: Dims, static: Static, kernel: Shape = (), groups: int = 1) -> Weight | None:
+    """The weight whose output and input channels lie along these axes of `node`; None where no one parameter makes that."""
     shape = shape_of(value_of(node))
     sources = static.sources(node)
-    if node in sources:
-        block = Block.whole(static.name(node), shape)
-        return Weight(block, out_label, in_label, range(shape[out_label]), kernel, groups)
-    main = [source for source in sources if math.prod(shape_of(value_of(source))) >= math.prod(shape)]
+    main = [source for source in sources if source is node or math.prod(shape_of(value_of(source))) >= math.prod(shape)]
     if len(main) != 1:
         return None
     parameter = main[0]
     full = shape_of(value_of(parameter))
+    outputs, inputs = (math.prod(shape[axis] for axis in axes) for axes in (out_axes, in_axes))
+    whole = Weight(Block.whole(static.name(parameter), full), out_axes, in_axes, range(outputs), inputs, kernel, groups)
+    if node is parameter:
+        return whole
     positions = _positions(node, parameter, full) if len(sources) == 1 else None
     if positions is not None:
-        return _from_positions(positions, static.name(parameter), full, shape, out_label, in_label, kernel, groups)
-    if full != shape:
-        return None
-    block = Block.whole(static.name(parameter), full)
-    return Weight(block, out_label, in_label, range(full[out_label]), kernel, groups, _stranger(node, parameter, static))
+        found = _from_positions(positions, shape, whole)
+        return found or replace(whole, out_dims=(), in_dims=(), opaque=f"{base_name(node)}, which rearranges it")
+    return replace(whole, opaque=_stranger(node, parameter, static)) if full == shape else None
 
 
 def _positions(node: fx.Node, parameter: fx.Node, full: Shape) -> list[Tensor] | None:
@@ -183,31 +187,62 @@ def _positions(node: fx.Node, parameter: fx.Node, full: Shape) -> list[Tensor] |
     return found
 
 
-def _from_positions(
-    positions: list[Tensor], name: str, full: Shape, shape: Shape, out_label: int, in_label: int, kernel: Shape, groups: int
-) -> Weight | None:
-    axes = [varying_axes(tags) for tags in positions]
-    if any(len(own) > 1 for own in axes):
+def _from_positions(positions: list[Tensor], shape: Shape, given: Weight) -> Weight | None:
+    """The weight that holds these positions of its parameter, where `given` has the axes of the view in place of dimensions.
+
+    None where they are no rectangular part of the parameter, or the input channels not in order.
+    """
+    full = given.block.full_shape
+    varying = [varying_axes(tags) for tags in positions]
+    if any(len(axes) > 1 for axes in varying):
         return None
-    dims = {label: [dim for dim, own in enumerate(axes) if own == (label,)] for label in (out_label, in_label)}
-    for label in dims:
-        if not dims[label] and shape[label] == 1:
-            dims[label] = [dim for dim, own in enumerate(axes) if not own and dim not in (d for o in dims.values() for d in o)][:1]
-    if any(len(found) != 1 for found in dims.values()):
+    spare = [dim for dim, axes in enumerate(varying) if not axes]
+    along: dict[int, Dims] = {}
+    for axis in dict.fromkeys((*given.out_dims, *given.in_dims)):
+        along[axis] = _slowest_first(positions, [dim for dim, axes in enumerate(varying) if axes == (axis,)])
+        if not along[axis] and shape[axis] == 1 and spare:
+            along[axis] = (spare.pop(0),)
+    out_dims, in_dims = (tuple(dim for axis in axes for dim in along[axis]) for axes in (given.out_dims, given.in_dims))
+    rows, columns = (_as_one(tuple(positions[dim] for dim in dims), tuple(full[dim] for dim in dims)) for dims in (out_dims, in_dims))
+    if rows is None or not isinstance(columns, range) or len(columns) != given.inputs:
         return None
-    out_dim, in_dim = dims[out_label][0], dims[in_label][0]
-    rows = channels_along(positions[out_dim], out_label)
-    columns = channels_along(positions[in_dim], in_label)
-    if rows is None or not isinstance(columns, range):
-        return None
-    block = Block.whole(name, full).narrowed(out_dim, rows).narrowed(in_dim, columns)
+    block = narrowed(given.block, out_dims, rows) if len(rows) == len(set(rows)) == given.outputs else None
+    block = None if block is None else narrowed(block, in_dims, columns)
     for dim, tags in enumerate(positions):
-        if dim not in (out_dim, in_dim):
+        if block is not None and dim not in (*out_dims, *in_dims):
             held = channels_in(tags)
-            if held is None:
-                return None
-            block = block.narrowed(dim, held)
-    return Weight(block, out_dim, in_dim, rows, kernel, groups)
+            block = None if held is None else block.narrowed(dim, held)
+    return None if block is None else replace(given, block=block, out_dims=out_dims, in_dims=in_dims, rows=rows)
+
+
+def _slowest_first(positions: list[Tensor], dims: list[int]) -> Dims:
+    """The dimensions that lie along one axis of a view, in the order in which their positions change there."""
+
+    def first_change(dim: int) -> int:
+        along = _distinct(positions[dim]).reshape(-1)
+        return int((along != along[0]).nonzero()[0])
+
+    return tuple(sorted(dims, key=first_change, reverse=True) if len(dims) > 1 else dims)
+
+
+@remembered
+def _as_one(positions: tuple[Tensor, ...], sizes: Shape) -> Sequence[int] | None:
+    """At each entry of a view, the position along several dimensions as one; None where it holds what lies nowhere."""
+    total = torch.zeros(())
+    for tags, size in zip(positions, sizes, strict=True):
+        own = _distinct(tags)
+        if own.is_complex() or not bool((own > 0).all()):
+            return None
+        total = total * size + own - 1
+    return listed(total.reshape(-1).long())
+
+
+def _distinct(tags: Tensor) -> Tensor:
+    """The tags without those that repeat along an axis."""
+    for axis in range(tags.dim()):
+        if axis not in varying_axes(tags):
+            tags = tags.narrow(axis, 0, 1)
+    return tags
 
 
 def _stranger(node: fx.Node, parameter: fx.Node, static: Static) -> str:

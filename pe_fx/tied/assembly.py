@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from pe_fx.ties import Ranges, Shape
+from pe_fx.ties import Dims, Ranges, Shape
 
 
 @dataclass(frozen=True)
@@ -67,39 +67,6 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class View:
-    """A part of a stored tensor: `ranges` of each dimension (None: all of it), dimensions `swap` exchanged, `reshape`d and mixed.
-
-    Written with methods and `cat` alone, so that it runs on tensors and on torch.fx proxies.
-    """
-
-    ranges: tuple[Ranges | None, ...]
-    swap: tuple[int, int] | None = None
-    reshape: Shape | None = None
-    mix: Mix | None = None
-
-    def __call__(self, stored: Tensor) -> Tensor:
-        part = stored
-        for dim, ranges in enumerate(self.ranges):
-            if ranges is not None:
-                part = _joined([part.narrow(dim, start, stop - start) for start, stop in ranges], dim)
-        if self.swap is not None:
-            part = part.transpose(*self.swap)
-        if self.reshape is not None:
-            part = part.reshape(self.reshape)
-        return part if self.mix is None else self.mix(part)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Positions start to stop of a part (None: all of it); part -1 is what the module itself stores."""
-
-    part: int
-    start: int = 0
-    stop: int | None = None
-
-
-@dataclass(frozen=True)
 class Gain:
     """Which of a module's learned factors scale a part, one for each position along `axis`."""
 
@@ -113,8 +80,73 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Regrouping:
+    """Dimensions put in another `order` and read as one `matrix`, which is taken apart again into `shape` and put `back` in order.
+
+    >>> heads_apart = Regrouping(order=(1, 2, 0), matrix=(8, 8), shape=(8, 2, 4), back=(0, 1, 2))
+    >>> key = torch.randn(8, 2, 4)
+    >>> value = heads_apart.taken_apart(heads_apart.joined(key))
+    >>> value.reshape(8, 8).equal(key.reshape(8, 8).t())
+    True
+    """
+
+    order: Dims
+    matrix: Shape
+    shape: Shape
+    back: Dims
+
+    def joined(self, part: Tensor) -> Tensor:
+        return part.permute(self.order).reshape(self.matrix)
+
+    def taken_apart(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.shape).permute(self.back)
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a stored tensor: `ranges` of each dimension (None: all of it), dimensions `swap` exchanged, `reshape`d, mixed and scaled.
+
+    `regroup`: in place of the exchange, through a matrix whose rows or columns lie along several dimensions.
+    Written with methods and `cat` alone, so that it runs on tensors and on torch.fx proxies.
+    """
+
+    ranges: tuple[Ranges | None, ...]
+    swap: tuple[int, int] | None = None
+    reshape: Shape | None = None
+    mix: Mix | None = None
+    gain: Gain | None = None
+    regroup: Regrouping | None = None
+
+    def __call__(self, stored: Tensor, factors: Tensor | None = None) -> Tensor:
+        part = stored
+        for dim, ranges in enumerate(self.ranges):
+            if ranges is not None:
+                part = _joined([part.narrow(dim, start, stop - start) for start, stop in ranges], dim)
+        if self.regroup is not None:
+            part = self.regroup.joined(part)
+        if self.swap is not None:
+            part = part.transpose(*self.swap)
+        if self.reshape is not None:
+            part = part.reshape(self.reshape)
+        if self.mix is not None:
+            part = self.mix(part)
+        if self.gain is not None and factors is not None:
+            part = self.gain(part, factors)
+        return part if self.regroup is None else self.regroup.taken_apart(part)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions start to stop of a part (None: all of it); part -1 is what the module itself stores."""
+
+    part: int
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
 class Layout:
-    """How a dense weight is put together along `axis`. `gains` scale the parts, where any is scaled; `contiguous`: as a copy.
+    """How a dense weight is put together along `axis`; `contiguous`: as a copy.
 
     >>> layout = Layout(0, (Piece(0),), (View((((0, 2),), None), swap=(0, 1)),))
     >>> layout.assemble(None, [torch.ones(4, 3)]).shape
@@ -124,13 +156,14 @@ class Layout:
     axis: int
     pieces: tuple[Piece, ...]
     views: tuple[View, ...]
-    gains: tuple[Gain | None, ...] = ()
     contiguous: bool = False
 
+    @property
+    def gains(self) -> list[Gain]:
+        return [view.gain for view in self.views if view.gain is not None]
+
     def assemble(self, own: Tensor | None, sources: Sequence[Tensor], factors: Tensor | None = None) -> Tensor:
-        parts = [view(source) for view, source in zip(self.views, sources, strict=True)]
-        if factors is not None:
-            parts = [part if gain is None else gain(part, factors) for part, gain in zip(parts, self.gains, strict=True)]
+        parts = [view(source, factors) for view, source in zip(self.views, sources, strict=True)]
         pieces = []
         for piece in self.pieces:
             part = own if piece.part < 0 else parts[piece.part]
@@ -153,7 +186,7 @@ def written_out(layout: Layout) -> Callable[..., Tensor]:
     tracer = fx.proxy.GraphAppendingTracer(graph)
     names = ("own", "factors", *(f"source{i}" for i in range(len(layout.views))))
     own, factors, *sources = (cast(Tensor, fx.Proxy(graph.placeholder(name), tracer)) for name in names)
-    dense: Any = layout.assemble(own, sources, factors if any(layout.gains) else None)
+    dense: Any = layout.assemble(own, sources, factors if layout.gains else None)
     graph.output(dense.node)
     code = graph.python_code("self")
     exec(code.src, code.globals)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from pe_fx.errors import PeFxError
-from pe_fx.tied.assembly import Gain, Layout, Mix, Piece, View
+from pe_fx.tied.assembly import Gain, Layout, Mix, Piece, Regrouping, View
 from pe_fx.ties import Plan, Ranges, Tie, length, overlap
 
 
@@ -60,8 +60,8 @@ def kept_ranges(ties: list[Tie]) -> Ranges:
 def layout_of(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Ranges]) -> Layout:
     """The layout of a tied weight, where of each tied weight only the positions `kept` are stored (all, where not given)."""
     axis = axis_of(ties)
-    views = []
-    gains: list[Gain | None] = []
+    views: list[View] = []
+    gains = 0
     for tie in ties:
         ranges = list(tie.of.ranges)
         sizes = list(tie.of.full_shape)
@@ -75,13 +75,14 @@ def layout_of(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Ra
         views.append(
             View(
                 tuple(None if own == ((0, size),) else own for own, size in zip(ranges, sizes, strict=True)),
-                tie.axes if tie.transposed else None,
-                tie.into.shape if len(tie.into.shape) != len(tie.of.shape) else None,
+                tie.axes if tie.transposed and tie.spread is None else None,
+                tie.into.shape if tie.spread is None and len(tie.into.shape) != len(tie.of.shape) else None,
                 mix_of(tie),
+                None if tie.gain is None else Gain(tie.channel_axes[0], gains, tie.gains, tie.gain),
+                regrouping_of(tie),
             )
         )
-        start = sum(gain.count for gain in gains if gain is not None)
-        gains.append(None if tie.gain is None or tie.channels is None else Gain(tie.channels, start, tie.gains, tie.gain))
+        gains += tie.gains
     name = ties[0].target
     spans = [(start, stop, index) for index, tie in enumerate(ties) for start, stop in tie.into.ranges[axis]]
     spans += [(start, stop, -1) for start, stop in kept_ranges(ties)]
@@ -94,14 +95,21 @@ def layout_of(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Ra
         whole = counts[index] == 1 and (index >= 0 or name in kept)
         pieces.append(Piece(index) if whole else Piece(index, begin, begin + size))
         seen[index] += size
-    return Layout(axis, tuple(pieces), tuple(views), tuple(gains), any(tie.contiguous for tie in ties))
+    return Layout(axis, tuple(pieces), tuple(views), any(tie.contiguous for tie in ties))
 
 
 def mix_of(tie: Tie) -> Mix | None:
-    if tie.seed is None or tie.channels is None:
+    return None if tie.seed is None or tie.channels is None else Mix.drawn(*tie.channel_axes, tie.shape, tie.seed)
+
+
+def regrouping_of(tie: Tie, backwards: bool = False) -> Regrouping | None:
+    """How `into` is made of `of`, or `of` of `into`, where their matrix is spread over several dimensions."""
+    if tie.spread is None:
         return None
-    across = tie.axes[1] if tie.channels == tie.axes[0] else tie.axes[0]
-    return Mix.drawn(tie.channels, across, tie.into.shape, tie.seed)
+    into, of = ((block.shape, (*rows, *columns)) for block, (rows, columns) in zip((tie.into, tie.of), tie.spread, strict=True))
+    (shape, dims), (_, order) = (of, into) if backwards else (into, of)
+    back = tuple(dims.index(dim) for dim in range(len(dims)))
+    return Regrouping(order, tie.shape, tuple(shape[dim] for dim in dims), back)
 
 
 def _taken(ties: list[Tie]) -> Ranges:

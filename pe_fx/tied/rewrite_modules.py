@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from pe_fx.errors import PeFxError
 from pe_fx.tied.derived import derive
 from pe_fx.tied.entry import PadShortcut, Widen, Widened, strided_shortcut
-from pe_fx.tied.layouts import by_target, compare_shapes, kept_ranges, layout_of, mix_of
+from pe_fx.tied.layouts import by_target, compare_shapes, kept_ranges, layout_of, mix_of, regrouping_of
 from pe_fx.tied.owners import Owner, forbidden, owners_in, unfit_entry
 from pe_fx.tied.weight import TiedWeight, choose, tie_weight, tied_class
 from pe_fx.ties import Block, Entry, Plan, Tie, gain_of, kept_of, positions
@@ -122,13 +122,17 @@ def _initial_values(model: nn.Module, plan: Plan, init: str) -> dict[str, Tensor
         if plan.shapes[tie.target] != tie.into.full_shape:
             continue  # a weight that changes its shape has no value to give
         value = part(model.get_parameter(tie.target).detach(), tie.into)
-        mix = mix_of(tie)
+        back, mix = regrouping_of(tie, backwards=True), mix_of(tie)
+        value = value if back is None else back.joined(value)
         value = value if mix is None else mix.inverse(value)
         if tie.gain is not None:
             if tie.gain == 0:
                 continue  # scaled to nothing, it can have any source
             value = value / tie.gain
-        value = value.transpose(*tie.axes) if tie.transposed and value.dim() > max(tie.axes) else value
+        if back is not None:
+            value = back.taken_apart(value)
+        elif tie.transposed and value.dim() > max(tie.axes):
+            value = value.transpose(*tie.axes)
         add_part(totals[tie.source], tie.of, value.reshape(tie.of.shape))
         add_part(counts[tie.source], tie.of, torch.ones_like(value).reshape(tie.of.shape))
     return {name: total / counts[name] for name, total in totals.items()}
@@ -136,9 +140,16 @@ def _initial_values(model: nn.Module, plan: Plan, init: str) -> dict[str, Tensor
 
 def _drawn(source: Tensor, ties: Iterable[Tie]) -> Tensor:
     """Normal values that keep the scale of what the source is applied to: their standard deviation is 1 / sqrt(inputs)."""
-    outputs = {tie.channels if tie.transposed else sum(tie.axes) - tie.channels for tie in ties if tie.channels is not None}
-    inputs = source.numel() / source.shape[min(outputs, default=0)]
+    inputs = max((_inputs(source, tie) for tie in ties if tie.channels is not None), default=source.numel() // source.shape[0])
     return torch.randn_like(source).div(inputs**0.5)
+
+
+def _inputs(source: Tensor, tie: Tie) -> int:
+    """The number of input channels of a source."""
+    if tie.spread is not None:
+        return tie.shape[1]
+    outputs, hidden = tie.channel_axes
+    return source.shape[hidden if tie.transposed else outputs]
 
 
 def part(dense: Tensor, block: Block) -> Tensor:

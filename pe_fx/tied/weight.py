@@ -87,7 +87,7 @@ class TiedWeight:
     def left(self, name: str) -> list[str]:
         """The parameters that the module has in place of the weight `name`."""
         is_kept = any(piece.part < 0 for piece in self.layout.pieces)
-        return [kept_of(name)] * is_kept + [gain_of(name)] * any(self.layout.gains)
+        return [kept_of(name)] * is_kept + [gain_of(name)] * bool(self.layout.gains)
 
     def dense_parameter(self, owner: nn.Module, name: str) -> nn.Parameter:
         """The same as a parameter of its own, trained where the first source is."""
@@ -326,7 +326,7 @@ def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parame
         del own[name]
         for each in names:  # an optimizer's order
             own[each] = own.pop(each)
-    factors = [dense.new_full((gain.count,), gain.initial) for gain in weight.layout.gains if gain is not None]
+    factors = [dense.new_full((gain.count,), gain.initial) for gain in weight.layout.gains]
     if factors:
         own[gain_of(name)] = nn.Parameter(torch.cat(factors), requires_grad=dense.requires_grad)
     module.__dict__["tied_weights"] = {**module.__dict__.get("tied_weights", {}), name: weight}
