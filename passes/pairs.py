@@ -15,7 +15,7 @@ from pe_fx.graph.operation import Op, Weight
 from pe_fx.graph.ops import Kind
 from pe_fx.graph.tags import channels_along, channels_in, lies_along, remembered
 from pe_fx.graph.walks import reached
-from pe_fx.ties import Block, Miss, Site, Tie
+from pe_fx.ties import Block, FarMiss, Miss, Site, Tie
 
 _HARMLESS = {Kind.VIEW, Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.NORM, Kind.POOL, Kind.CONV, Kind.SOFTMAX, Kind.REDUCE}
 _ENTRYWISE = {Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.WRITE}
@@ -246,9 +246,10 @@ def near_misses(flow: Flow) -> Iterator[Miss]:
             names = _contenders(flow, pair) + pair.names[1:]
             if names not in seen:
                 seen.add(names)
-                kernels = all(weight.is_convolution for weight in pair.weights) and not (_is_matrix(pair.first) and _is_matrix(pair.second))
+                matrices = [_is_matrix(op) for op in (pair.first, pair.second)]
+                kernels = all(weight.is_convolution for weight in pair.weights) and not all(matrices)
                 kind = "bottleneck" if pair.is_bottleneck or kernels else "mlp"
-                yield Miss(kind, common_module(names), names, reason)
+                yield (Miss if any(matrices) else FarMiss)(kind, common_module(names), names, reason)
 
 
 def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:

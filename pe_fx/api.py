@@ -30,7 +30,7 @@ from pe_fx.tied.owners import Owner, forbidden, owners_in, unfit, unfit_entry
 from pe_fx.tied.rewrite_graph import rewrite_graph
 from pe_fx.tied.rewrite_modules import INITS, rewrite_modules
 from pe_fx.tied.weight import Tied
-from pe_fx.ties import Entry, Miss, Plan, Shape, Site, Tie
+from pe_fx.ties import Entry, FarMiss, Miss, Plan, Shape, Site, Tie
 
 KINDS = tuple(rule.kind for rule in DEFAULT_RULES)
 
@@ -78,7 +78,8 @@ def plan(
     sites = _laid_out(vary((site for site, _ in judged if site is not None), mix, options["gain"]), captured)
     misses += [miss for _, refused in judged for miss in refused]
     shapes = captured.shapes() | {owner.name: tuple(owner.parameter.shape) for owner in owners.values()}
-    return plan_of(sites, shapes, list(dict.fromkeys(misses)), {"rules": tuple(rule.kind for rule in chosen)} | options, captured.how)
+    made = plan_of(sites, shapes, list(dict.fromkeys(misses)), {"rules": tuple(rule.kind for rule in chosen)} | options)
+    return replace(made, capture=captured.how)
 
 
 def plan_of(
@@ -86,7 +87,6 @@ def plan_of(
     shapes: Mapping[str, Shape],
     misses: Sequence[Miss] = (),
     options: Mapping[str, Any] | None = None,
-    capture: str = "graph",
 ) -> Plan:
     """The plan that holds these sites, of a model whose parameters have these shapes."""
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -94,12 +94,13 @@ def plan_of(
     before = sum(numel.values())
     return Plan(
         sites=tuple(sites),
-        misses=tuple(misses),
+        misses=tuple(miss for miss in misses if not isinstance(miss, FarMiss)),
         shapes={name: shapes[name] for site in sites for name in (*site.weights, *(tie.source for tie in site.ties))},
         params_before=before,
         params_after=before - sum(site.saved for site in sites),
         options=dict(options or {}),
-        capture=capture,
+        capture="graph",
+        far_misses=sum(isinstance(miss, FarMiss) for miss in misses),
     )
 
 

@@ -317,11 +317,17 @@ class Miss:
 
 
 @dataclass(frozen=True)
+class FarMiss(Miss):
+    """What has the shapes of a pair, and in neither weight a matrix: plans count these, and list them not."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Sites, misses, and the options that led to them; made by `pe_fx.plan`.
 
-    `capture` is how the graph came about in which they were found, and of no consequence for what the plan does: by "export", by a
-    "run" of the model, or as a "graph" that was given.
+    `far_misses` is the number of pairs of larger or grouped convolutions that would fit, were they 1x1 and ungrouped. `capture` is how
+    the graph came about in which all were found, and of no consequence for what the plan does: by "export", by a "run" of the model, or
+    as a "graph" that was given.
 
     >>> import torch, pe_fx
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
@@ -343,6 +349,7 @@ class Plan:
     params_after: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     capture: str = field(default="export", compare=False)
+    far_misses: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         for tie in self.ties:
@@ -378,7 +385,7 @@ class Plan:
                 f"this plan has schema version {version!r}; this pe_fx reads version {SCHEMA_VERSION}: make the plan anew with pe_fx.plan()"
             )
         try:
-            body.setdefault("capture", cls.capture)  # of all fields the youngest
+            body = {"capture": cls.capture, "far_misses": cls.far_misses} | body  # the youngest fields
             plan: Plan = _decoded(cls, {f.name: body[f.name] for f in dataclasses.fields(cls)})
         except (KeyError, TypeError, ValueError, PeFxError) as error:
             raise PeFxError(f"this plan is damaged: {error if isinstance(error, PeFxError) else repr(error)}") from error
@@ -402,9 +409,15 @@ class Plan:
 
     def explain(self) -> str:
         """The misses as text: for each reason's weights, one line."""
-        if not self.misses:
-            return "no misses"
-        return "\n".join(printable(f"{miss.name or '.'} ({miss.kind}): {miss.reason}") for miss in self.misses)
+        lines = [printable(f"{miss.name or '.'} ({miss.kind}): {miss.reason}") for miss in self.misses]
+        return "\n".join([*(lines or ["no misses"]), *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said beside the near misses."""
+        several = self.far_misses > 1
+        pairs = f"{self.far_misses:,} pair{'s' * several} of convolutions, neither of them 1x1 and ungrouped, {'are' if several else 'is'}"
+        return [f"{pairs} left as {'they are' if several else 'it is'}"] if self.far_misses else []
 
 
 ONE_PATH = "captured by a run: where values decide, this is the path that the inputs took"

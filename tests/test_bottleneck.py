@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -341,3 +342,13 @@ def test_transposed_convolution_end(end: int) -> None:
     made = pe_fx.plan(net, X)
     assert made.sites or any("transpose" in found.reason for found in made.misses), made.explain()
     assert_equals_twin(net, pe_fx.apply(net, made), made, X)
+
+
+def test_pairs_without_a_matrix_are_counted() -> None:
+    """The blocks of a ResNet18 are no near misses."""
+    block = Net(lambda m, x: x + m.conv2(m.conv1(x).relu()), conv1=nn.Conv2d(8, 8, 3, padding=1), conv2=nn.Conv2d(8, 8, 3, padding=1))
+    made = pe_fx.plan(nn.Sequential(block, nn.ReLU(), copy.deepcopy(block)), torch.randn(2, 8, 6, 6))
+    assert (made.misses, made.far_misses) == ((), 2)
+    assert made.explain() == "no misses\n2 pairs of convolutions, neither of them 1x1 and ungrouped, are left as they are"
+    again = pe_fx.Plan.from_json(made.to_json())
+    assert again.far_misses == 2

@@ -34,6 +34,7 @@ def plan_report(plan: Plan, *, every_miss: bool = False) -> RenderableType:
         parts += [Text(f"near miss: {miss.name or '.'} ({miss.kind})", "bold"), Padding(Text(miss.reason, "dim"), (0, 0, 0, 2))]
     if len(shown) < len(plan.misses):
         parts.append(Text(f"… and {len(plan.misses) - len(shown)} more near misses: --misses"))
+    parts += [Text(note, "dim") for note in plan.notes]
     share = f" ({100 * plan.params_after / plan.params_before:.1f} %)" if plan.params_before else ""
     count = f"{len(plan.sites)} site{'s' * (len(plan.sites) != 1)}"
     near = f"; {len(plan.misses)} near miss{'es' * (len(plan.misses) != 1)}"
