@@ -32,8 +32,9 @@ Use = tuple[str, Block, str]
 class Attention:
     """`v.weight ← k.weightᵀ` where square, `proj.weight ← q.weightᵀ` where the shapes are transposes, each by itself.
 
-    q, k and v may be separate weights, rows of one (also interleaved per head), or any mixture. Source: arXiv 2401.16438,
-    `Q = W_q x, K = W_kv x, V = W_kvᵀ x, out = W_qᵀ a`.
+    q, k and v may be separate weights, rows of one (also interleaved per head), or any mixture; streams that are joined along the
+    sequence have their own, and are tied each by itself. What rotates, masks, caches or joins them is no obstacle, whatever its origin.
+    Source: arXiv 2401.16438, `Q = W_q x, K = W_kv x, V = W_kvᵀ x, out = W_qᵀ a`.
     """
 
     kind: str = "attention"

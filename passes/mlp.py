@@ -14,8 +14,9 @@ from pe_fx.ties import Miss, Site
 class Mlp:
     """`fc2.weight ← fc1.weightᵀ`, where all of fc1's output goes through a nonlinearity to fc2 and nowhere else.
 
-    Linear layers and 1x1 convolutions; between them dropout, norms, depthwise convolutions, gates, and reshapes of other
-    axes. Source: arXiv 2401.16438, feed-forward layers.
+    Linear layers and 1x1 convolutions; between them dropout, norms, depthwise convolutions, gates, reshapes of other axes, and
+    values that join in from elsewhere, such as a mask or a condition, unless another matrix that fits made them. Source: arXiv
+    2401.16438, feed-forward layers.
     """
 
     kind: str = "mlp"
