@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pe_fx.graph.channels import arriving
+from pe_fx.graph.channels import arriving, held
 from pe_fx.graph.flow import Flow, source_along
 from pe_fx.graph.operation import Op, Weight, factors, product_labels
 from pe_fx.graph.ops import Kind
@@ -301,8 +301,8 @@ def _parts(flow: Flow, operand: Operand | None, mix: Op) -> tuple[Part, ...]:
 def _part(flow: Flow, source: Op, operand: Operand) -> Part | None:
     if not source.is_projection or source.weight is None or not source.weight.is_matrix:
         return None
-    tags = flow.trace(source, operand.value)[operand.value].tags
-    channels = channels_in(tags)
+    state = flow.trace(source, operand.value)[operand.value]
+    tags, channels = state.tags, held(state)
     if channels is None or not source.weight.is_part(channels):
         return None
     if _differ_along(tags, operand.axis):  # a matrix along the positions, unless none is behind it
@@ -316,9 +316,9 @@ def _part(flow: Flow, source: Op, operand: Operand) -> Part | None:
 def _before_positions_are_mixed(flow: Flow, source: Op, operand: Operand) -> Part | None:
     if not source.is_projection or source.weight is None or not source.weight.is_matrix:
         return None
-    tags = flow.trace(source, operand.value, loosely=True)[operand.value].tags
-    channels = channels_in(tags)
-    return None if channels is None or _differ_along(tags, operand.axis) else Part(source, source.weight, channels)
+    state = flow.trace(source, operand.value, loosely=True)[operand.value]
+    channels = held(state)
+    return None if channels is None or _differ_along(state.tags, operand.axis) else Part(source, source.weight, channels)
 
 
 def _differ_along(tags: Tensor, axis: int) -> bool:
@@ -440,8 +440,8 @@ def _queries_at(flow: Flow, core: Core, end: Op) -> frozenset[int] | None:
     if axis is None:
         return None
     states = flow.trace(core.mix, end, tags=numbered(core.mix.shape, axis))
-    held = [channels_in(states[source].tags) for source in end.inputs if source in states]
-    return None if not held or any(one is None for one in held) else frozenset(index for one in held for index in one or ())
+    found = [channels_in(states[source].tags) for source in end.inputs if source in states]
+    return None if not found or any(one is None for one in found) else frozenset(index for one in found for index in one or ())
 
 
 def _averages_channels(flow: Flow, core: Core, v: Part) -> bool:

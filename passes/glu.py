@@ -6,11 +6,11 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pe_fx.graph.channels import Channels, arriving
+from pe_fx.graph.channels import Channels, arriving, held
 from pe_fx.graph.flow import Flow, source_along
 from pe_fx.graph.operation import Op, Weight
 from pe_fx.graph.ops import Kind
-from pe_fx.graph.tags import channels_along, channels_in
+from pe_fx.graph.tags import channels_along
 from pe_fx.passes.pairs import common_module, could_make, leak, misuse, rivals, tie
 from pe_fx.ties import Block, Miss, Site
 
@@ -62,7 +62,7 @@ class _Branch:
 
     @property
     def channels(self) -> Sequence[int]:
-        return channels_in(self.state.tags) or ()
+        return held(self.state) or ()
 
     @property
     def block(self) -> Block:
@@ -123,7 +123,7 @@ def _unit(flow: Flow, product: Op, last: Op) -> _Unit | None:
 def _feeder(flow: Flow, factor: Op, last: Op) -> Op | None:
     """What makes a factor: the weight that all ways lead through, or else the only one that fits `last`."""
     feeder = flow.feeder(factor)
-    if feeder is not None and channels_in(flow.trace(feeder, factor)[factor].tags) is not None:
+    if feeder is not None and held(flow.trace(feeder, factor)[factor]) is not None:
         return feeder
     fitting = _fitting(flow, factor, last)
     return fitting[0] if len(fitting) == 1 else None
@@ -169,7 +169,7 @@ def _branch(flow: Flow, factor: Op, product: Op, source: Op, loosely: bool) -> _
     if source.weight is None:
         return None
     state = flow.trace(source, product, loosely=loosely).get(factor)
-    channels = None if state is None else channels_in(state.tags)
+    channels = held(state)
     is_factor = channels is not None and source.weight.is_part(channels)
     return _Branch(source, source.weight, state) if is_factor and state is not None else None
 

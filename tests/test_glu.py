@@ -402,6 +402,20 @@ def test_gate_and_up_of_different_inputs() -> None:
     assert_equals_twin(net, pe_fx.apply(net, made), made, (X, torch.randn(2, 5, D)))
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_swish_of_a_sum_of_convolutions(size: int) -> None:
+    """Every way to it leads through the first convolution, whose channels are mixed since."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.first(x)
+        y = m.left(h.relu()) + m.right(h)
+        return m.last(y * y.sigmoid())
+
+    left, right = (nn.Conv2d(D, D, 3, padding=1) for _ in range(2))
+    net = Net(forward, first=nn.Conv2d(D, D, size, padding=size // 2), left=left, right=right, last=nn.Conv2d(D, D, 3, padding=1))
+    assert not pe_fx.plan(net, torch.randn(2, D, 4, 4)).ties
+
+
 @pytest.mark.parametrize("part", ["up", "down"])
 def test_grouped_1x1(part: str) -> None:
     members = {"gate": nn.Conv2d(D, H, 1), "up": nn.Conv2d(D, H, 1), "down": nn.Conv2d(H, D, 1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pe_fx.graph.operation import Op, factors, product_labels, shape_of
 from pe_fx.graph.ops import Kind, base_name, value_of
-from pe_fx.graph.tags import expand_along, lazy, lies_along, nothing_in, remembered, shrunk, varying_axes
+from pe_fx.graph.tags import channels_in, expand_along, lazy, lies_along, nothing_in, remembered, shrunk, varying_axes
 from pe_fx.graph.views import moved
 from pe_fx.ties import Shape
 
@@ -35,6 +36,11 @@ class Channels:
     uniform: bool = False
     lost: str = ""
     blended: bool = False
+
+
+def held(state: Channels | None) -> Sequence[int] | None:
+    """All channels of the origin that a value holds, sorted; None where it holds anything else (beside padding), or mixtures of them."""
+    return None if state is None or state.mixed else channels_in(state.tags)
 
 
 def arriving(states: dict[Op, Channels], op: Op) -> Channels:
