@@ -33,17 +33,18 @@ This page is written by `python examples/sweep.py --summary` from [sweep.csv](sw
 `python examples/sweep.py` plans, transforms and verifies whole libraries of models, each in a process of its own, one row for each; it goes
 on where it stopped. Models of more than 100 M parameters are planned on the meta device and verified as shallow variants, where the
 constructor takes a depth ("too large": where it does not). Of transformers, a small model is made from the configuration of each
-architecture, of diffusers one from each constructor's defaults; "not built" are those for which that failed, and the errors are graphs
-that torch.export cannot capture. "In float64" are models whose float32 gradients are mostly rounding (a batch norm of two values,
-standardised weights): there the comparison was repeated. "Match / capture" is the median share of the capture's time that matching and
-rewriting take; timm, torchvision and diffusers were run with the present code, transformers with one that planned more slowly."""
+architecture, of diffusers one from each constructor's defaults; "not built" are those for which that failed. "In float64" are models
+whose float32 gradients are mostly rounding (a batch norm of two values, standardised weights): there the comparison was repeated. "Match
+/ capture" is the median share of the capture's time that matching and rewriting take. Every row of the CSV has its date and versions: two
+libraries were run with the same rules only where their dates agree."""
 
 WITHOUT = """\
 Models of timm without a site are chains of 3x3 convolutions (VGG, ResNet18, RepVGG, Darknet), blocks that join all they made (VoVNet,
 DenseNet, HGNet), or bottlenecks that no tie fits: of two widths (DPN, SKNet, ResNeSt, RDNet) or with a gate that mixes positions (gMLP).
 
-`PE_FX_EXAMPLES=2500 pytest tests/test_properties.py` makes 10,000 random networks of chains, gates and attentions, with lent weights,
-nesting and random options: each is planned as expected, equals its dense twin and comes back by `untie`. pytest alone makes 200.
+`PE_FX_EXAMPLES=2500 pytest tests/test_properties.py` makes 10,000 random networks of chains, gates, attentions, joined streams and
+experts, with masks, conditions, caches, lent weights, nesting and random options: each is planned as expected, equals its dense twin and
+comes back by `untie`. pytest alone makes 100.
 
 ## The models of the paper
 
@@ -65,7 +66,7 @@ UNBUILT = """\
 
 Of transformers and diffusers, models of which no small one was found that runs. "Options": none of the sets of options tried makes a
 model, as where a constructor takes other models; "inputs": a model was made, and none of the inputs tried, which are made by the names in
-its signature, went through; "not told": rows of before this was told. The rows have the errors:"""
+its signature, went through; "not told": rows without that distinction. The rows have the errors:"""
 
 ERRORS = """\
 ## Errors

@@ -691,6 +691,16 @@ def test_values_that_no_matrix_alone_makes_leave_the_output(made: str) -> None:
     assert re.search(reason, pe_fx.plan(net, torch.randn(2, 4, D)).explain())
 
 
+@pytest.mark.parametrize("core", [sdpa, by_hand, by_einsum], ids=lambda core: core.__name__)
+def test_queries_of_a_learned_token(core: Core) -> None:
+    """Values, though they depend on no input."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.out(joined(core(heads(m.q(m.token.expand(len(x), -1, -1))), heads(m.k(x)), heads(m.v(x)))))
+
+    hit(Net(forward, token=weight(1, 1, D), **{name: linear(D, D) for name in ("q", "k", "v", "out")}), X, *SEPARATE)
+
+
 @pytest.mark.parametrize("length", [3, 6], ids=["shorter", "square"])
 def test_keys_and_values_shortened_by_a_matrix_along_the_positions(length: int) -> None:
     """Linformer. The matrices along the positions are neither keys nor values."""

@@ -23,7 +23,7 @@ from pe_fx.passes.variants import MIXES
 from pe_fx.tied.rewrite_modules import INITS
 
 WIDTH, TOKENS, CONDITION = 8, 6, 3
-EXAMPLES = int(os.environ.get("PE_FX_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("PE_FX_EXAMPLES", "25"))
 
 ACTIVATIONS = {
     "relu": F.relu,

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from pe_fx.graph.operation import Product, product_of, shape_of
-from pe_fx.graph.ops import base_name, is_in_place, value_of
+from pe_fx.graph.ops import KINDS, Kind, base_name, is_in_place, value_of
 from pe_fx.graph.strides import outline
 
 
@@ -31,7 +31,8 @@ def open_products(graph: fx.Graph, weights: Collection[fx.Node], inputs: Collect
     values, static = set(inputs), set(weights)
     views = _Views(graph)
     for node in list(graph.nodes):
-        if values.isdisjoint(node.all_input_nodes):
+        applies_weight = node.op.startswith("call") and KINDS.get(base_name(node)) in (Kind.PROJECTION, Kind.CONV)
+        if values.isdisjoint(node.all_input_nodes) and not applies_weight:  # queries made of a token are values, and no weight
             static.update([] if static.isdisjoint(node.all_input_nodes) else [node])
             continue
         values.add(node)
