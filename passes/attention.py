@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pe_fx.graph.channels import arriving, held
+from pe_fx.graph.channels import arriving, blended, held
 from pe_fx.graph.flow import Flow, source_along
 from pe_fx.graph.operation import Op, Weight, factors, product_labels
 from pe_fx.graph.ops import Kind
@@ -301,8 +301,8 @@ def _parts(flow: Flow, operand: Operand | None, mix: Op) -> tuple[Part, ...]:
 def _part(flow: Flow, source: Op, operand: Operand) -> Part | None:
     if not source.is_projection or source.weight is None or not source.weight.is_matrix:
         return None
-    state = flow.trace(source, operand.value)[operand.value]
-    tags, channels = state.tags, held(state)
+    states = flow.trace(source, operand.value)
+    tags, channels = states[operand.value].tags, blended(states, operand.value)
     if channels is None or not source.weight.is_part(channels):
         return None
     if _differ_along(tags, operand.axis):  # a matrix along the positions, unless none is behind it

@@ -162,6 +162,40 @@ def rotate_pairs(x: Tensor) -> Tensor:
     return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
 
 
+def turned_apart(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As GPT-J and many ports have it."""
+    first, second = x[..., ::2], x[..., 1::2]
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2)
+
+
+def turned_by_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+
+
+def turned_by_columns(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As Flux has it: the columns of a rotation matrix for each pair."""
+    pairs, turn = x.unflatten(-1, (-1, 1, 2)), torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))
+    return (turn[..., 0] * pairs[..., 0] + turn[..., 1] * pairs[..., 1]).flatten(-2)
+
+
+def turned_by_a_sum(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As Kandinsky has it."""
+    pairs, turn = x.unflatten(-1, (-1, 1, 2)), torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))
+    return (turn * pairs).sum(-1).flatten(-2)
+
+
+@pytest.mark.parametrize("turned", [turned_apart, turned_by_halves, turned_by_columns, turned_by_a_sum], ids=lambda turned: turned.__name__)
+def test_rotary_embedding_written_out(turned: Callable[..., Tensor]) -> None:
+    angles = torch.arange(5)[:, None] / 10.0 ** torch.arange(HEAD // 2)
+
+    def rotary(x: Tensor) -> Tensor:
+        return turned(x, angles.cos(), angles.sin())
+
+    hit(separate(lambda q, k, v: sdpa(rotary(q), rotary(k), v)), X, *SEPARATE)
+    hit(fused(lambda q, k, v: by_hand(rotary(q), rotary(k), v)), X, *FUSED)
+
+
 @pytest.mark.parametrize("rotate", [rotate_half, rotate_pairs], ids=["halves", "pairs"])
 def test_rotary_embedding(rotate: Callable[[Tensor], Tensor]) -> None:
     def rotary(x: Tensor) -> Tensor:

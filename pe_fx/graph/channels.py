@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pe_fx.graph.operation import Op, factors, product_labels, shape_of
 from pe_fx.graph.ops import Kind, base_name, value_of
-from pe_fx.graph.tags import channels_in, expand_along, lazy, lies_along, nothing_in, remembered, shrunk, varying_axes
+from pe_fx.graph.tags import channels_in, expand_along, lazy, lies_along, listed, nothing_in, remembered, shrunk, varying_axes
 from pe_fx.graph.views import moved
+from pe_fx.graph.walks import reached
 from pe_fx.ties import Shape
 
 
@@ -41,6 +42,15 @@ class Channels:
 def held(state: Channels | None) -> Sequence[int] | None:
     """All channels of the origin that a value holds, sorted; None where it holds anything else (beside padding), or mixtures of them."""
     return None if state is None or state.mixed else channels_in(state.tags)
+
+
+def blended(states: Mapping[Op, Channels], value: Op) -> Sequence[int] | None:
+    """As `held`, of a value that may also hold sums of the origin's channels: all that are in them."""
+    if not states[value].blended:
+        return held(states[value])
+    ways = reached(value, lambda op: [source for source in op.inputs if source in states] if states[op].blended else [])
+    parts = [held(states[op]) for op in ways if not states[op].blended]
+    return held(states[value]) if None in parts else listed(sorted({channel for part in parts for channel in part or ()}))
 
 
 def arriving(states: dict[Op, Channels], op: Op) -> Channels:
@@ -105,6 +115,10 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
         value, several = _first(value_of(op.node))
         shape = shape_of(value)
         tags = _reduced(op, first.tags, shape)
+        if tags is None and op.name == "sum" and len(shape) < first.tags.dim():  # a rotation written out adds pairs of channels
+            pairs = _reduced(op, first.tags, shape, adding=True)
+            if pairs is not None and varying_axes(pairs):
+                return Channels(pairs, activations, mixed, blended=True)
         if tags is None and not several:
             return Channels(nothing_in(shape), uniform=True, lost=f"{op.name} over channels")
         return lost(lost=f"{op.name} over channels") if tags is None else keep((tags, nothing_in(shape)) if several else tags)
@@ -264,7 +278,8 @@ def _resampled(tags: Tensor, shape: Shape) -> Tensor | None:
     return tags.expand(shape)
 
 
-def _reduced(op: Op, tags: Tensor, shape: Shape) -> Tensor | None:
+def _reduced(op: Op, tags: Tensor, shape: Shape, adding: bool = False) -> Tensor | None:
+    """The tags without the axes that are reduced; None where channels lie along these, but where they are added up: one stands for all."""
     place = 2 if "norm" in op.name else 1
     dims = op.node.kwargs.get("dim", op.node.args[place] if len(op.node.args) > place else None)
     if isinstance(dims, int):
@@ -272,7 +287,7 @@ def _reduced(op: Op, tags: Tensor, shape: Shape) -> Tensor | None:
     if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
         return None
     axes = {int(dim) % tags.dim() for dim in dims}  # type: ignore[arg-type]
-    if not axes.isdisjoint(varying_axes(tags)):
+    if not (adding or axes.isdisjoint(varying_axes(tags))):
         return None
     keepdim = len(shape) == tags.dim()
     for axis in sorted(axes, reverse=True):

@@ -58,7 +58,7 @@ def channels_along(tags: Any, axis: int) -> Sequence[int] | None:
     largest = flat.amax(0)
     if not bool(((flat == largest) | (flat == 0)).all()) or not bool((largest > 0).all()):
         return None
-    return listed(largest.long() - 1)
+    return listed((largest.long() - 1).tolist())
 
 
 @remembered
@@ -69,14 +69,13 @@ def channels_in(tags: Any) -> Sequence[int] | None:
     present = torch.unique(shrunk(tags)).long() - 1  # type: ignore[no-untyped-call]
     if present[0] < -1 or present[-1] < 0:
         return None
-    return listed(present[present >= 0])
+    return listed(present[present >= 0].tolist())
 
 
-def listed(numbers: Tensor) -> Sequence[int]:
+def listed(numbers: list[int]) -> Sequence[int]:
     """The numbers, as a range where they are consecutive: those are compared at no cost."""
-    found = numbers.tolist()
-    consecutive = range(found[0], found[0] + len(found)) if found else range(0)
-    return consecutive if found == list(consecutive) else tuple(found)
+    consecutive = range(numbers[0], numbers[0] + len(numbers)) if numbers else range(0)
+    return consecutive if numbers == list(consecutive) else tuple(numbers)
 
 
 @remembered

@@ -234,7 +234,7 @@ def _as_one(positions: tuple[Tensor, ...], sizes: Shape) -> Sequence[int] | None
         if own.is_complex() or not bool((own > 0).all()):
             return None
         total = total * size + own - 1
-    return listed(total.reshape(-1).long())
+    return listed(total.reshape(-1).long().tolist())
 
 
 def _distinct(tags: Tensor) -> Tensor:
