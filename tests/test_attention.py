@@ -185,7 +185,17 @@ def turned_by_a_sum(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (turn * pairs).sum(-1).flatten(-2)
 
 
-@pytest.mark.parametrize("turned", [turned_apart, turned_by_halves, turned_by_columns, turned_by_a_sum], ids=lambda turned: turned.__name__)
+def turned_in_memory(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    result = torch.empty_like(x)
+    result[..., ::2] = x[..., ::2] * cos - x[..., 1::2] * sin
+    result[..., 1::2] = x[..., ::2] * sin + x[..., 1::2] * cos
+    return result
+
+
+TURNS = [turned_apart, turned_by_halves, turned_by_columns, turned_by_a_sum, turned_in_memory]
+
+
+@pytest.mark.parametrize("turned", TURNS, ids=lambda turned: turned.__name__)
 def test_rotary_embedding_written_out(turned: Callable[..., Tensor]) -> None:
     angles = torch.arange(5)[:, None] / 10.0 ** torch.arange(HEAD // 2)
 

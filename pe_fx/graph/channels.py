@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from pe_fx.graph.operation import Op, factors, product_labels, shape_of
 from pe_fx.graph.ops import Kind, base_name, value_of
 from pe_fx.graph.tags import channels_in, expand_along, lazy, lies_along, listed, nothing_in, remembered, shrunk, varying_axes
-from pe_fx.graph.views import moved
+from pe_fx.graph.views import call, moved
 from pe_fx.graph.walks import reached
 from pe_fx.ties import Shape
 
@@ -132,7 +133,7 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
     if op.is_projection:
         return lost(lost=f"{op.weight.name}" if op.weight else "an unnamed weight")
     if op.kind is Kind.WRITE:  # what is written into memory that held something else is what is read from there
-        tags = None if op.operands[0] in states else _written(op, states[op.inputs[-1]].tags)
+        tags = _written(op, states)
         return lost(lost="a write in place to a part of it") if tags is None else keep(tags)
     return lost(lost=f"{op.name or op.node.name}, an operation that pe_fx does not follow")
 
@@ -225,25 +226,45 @@ def _averaged(tags: Tensor, names: str, result: str, shape: Shape) -> Tensor | N
         return None
 
 
-def _written(op: Op, tags: Any) -> Tensor | None:
-    """The tags of memory to which a value is written, along its own axes, and by position along such as hold no channels."""
-    if not isinstance(tags, Tensor):
-        return None
+def _written(op: Op, states: dict[Op, Channels]) -> Tensor | None:
+    """The tags of memory that held something else and to which a value is written: at other positions of axes that hold no channels, or
+    into a part of these."""
     node: Any = op.node
+    memory = op.operands[0]
+    while memory is not None and memory.kind is Kind.WRITE:
+        memory = memory.operands[0]
+    before, written = (states[source].tags if source in states else None for source in (op.operands[0], op.inputs[-1]))
+    if memory in states or not isinstance(written, Tensor) or not isinstance(before, Tensor | None):
+        return None
     chosen: set[int] = set()
     if op.name == "overwritten":
-        memory, view = node.args[0], node.args[1].args[0]
-        while view is not memory and base_name(view) in ("slice", "narrow"):
-            view = view.args[0]
-        if view is not memory:
+        steps = [node.args[1].args[0]]
+        while steps[-1] is not node.args[0] and base_name(steps[-1]) in ("slice", "narrow", "select"):
+            steps.append(steps[-1].args[0])
+        if steps.pop() is not node.args[0]:
             return None
-    elif op.name == "index_put":
+        plain = _resampled(written, op.shape) if before is None else None
+        return plain if plain is not None else _replayed(steps[::-1], before, written, op.shape)
+    if op.name == "index_put":
         chosen = {axis for axis, index in enumerate(node.args[1]) if index is not None}
-        if len(chosen) > 1:
-            return None
     elif op.name == "index_copy":
         chosen = {node.args[1] % len(op.shape)}
-    return _resampled(tags, op.shape) if chosen.isdisjoint(varying_axes(tags)) else None
+    if before is not None or len(chosen) > 1:
+        return None
+    return _resampled(written, op.shape) if chosen.isdisjoint(varying_axes(written)) else None
+
+
+def _replayed(steps: Sequence[Any], before: Tensor | None, written: Tensor, shape: Shape) -> Tensor | None:
+    """The tags of memory after the same write; none where that would take long, or goes by what only the model's run will tell."""
+    arguments = [argument for step in steps for argument in (*step.args[1:], *step.kwargs.values())]
+    if math.prod(shape) > 2**20 or not all(isinstance(argument, int) for argument in arguments):
+        return None
+    memory = torch.zeros(shape, dtype=torch.float64) if before is None else before.expand(shape).clone()
+    part = memory
+    for step in steps:
+        part = call(step.target, (part, *step.args[1:]), step.kwargs)
+    part.copy_(written)
+    return lazy(memory)
 
 
 def _padded_axes(op: Op) -> set[int]:
