@@ -12,17 +12,17 @@ from torch import Tensor
 
 from pe_fx.graph.channels import arriving, blended, held
 from pe_fx.graph.flow import Flow, source_along
-from pe_fx.graph.operation import Op, Weight, factors, product_labels
+from pe_fx.graph.operation import Op, Weight
 from pe_fx.graph.ops import Kind
 from pe_fx.graph.tags import channels_along, channels_in, numbered, shrunk, varying_axes
 from pe_fx.graph.walks import reached
+from pe_fx.passes.cores import Core, Operand, cores, mixes_heads, own_channels, query_axis
 from pe_fx.passes.pairs import common_module, misuse, tie
 from pe_fx.ties import Block, Miss, Site, Tie
 
 _APPLYING = {Kind.PROJECTION, Kind.CONV, Kind.MATMUL, Kind.OTHER}
 _ONE_VALUE = {Kind.VIEW, Kind.NONLINEAR, Kind.NORM}
 _ONWARDS = {Kind.VIEW, Kind.POINTWISE, Kind.PRODUCT, Kind.NONLINEAR, Kind.NORM}
-_SCORES = {Kind.VIEW, Kind.POINTWISE, Kind.PRODUCT, Kind.NONLINEAR, Kind.NORM}
 
 
 Use = tuple[str, Block, str]
@@ -40,7 +40,7 @@ class Attention:
     kind: str = "attention"
 
     def match(self, flow: Flow) -> Iterator[Site | Miss]:
-        found = [(core, _roles(flow, core)) for core in _cores(flow)]
+        found = [(core, _roles(flow, core)) for core in cores(flow)]
         uses: dict[Op, set[Use]] = {}
         for _, roles in found:
             for part, use in roles.uses:
@@ -58,34 +58,6 @@ class Attention:
                 yield from _tie(flow, self.kind, core, roles, uses, made)
             elif names and claimed.isdisjoint(names):
                 yield Miss(self.kind, common_module(names), names, _unknown(core, names))
-
-
-@dataclass(frozen=True)
-class Operand:
-    """Queries, keys or values, as they enter a product, and the axis, counted from the right, along which their positions lie."""
-
-    value: Op
-    axis: int
-
-
-@dataclass(frozen=True)
-class Core:
-    """Where attention happens: its operands, and the product that averages the values.
-
-    Without q, `k` is under the softmax by itself, and not in a product with queries. `scores` is the product of queries and keys, and
-    `weights` what the values are multiplied with, where these are not in one operation with `mix`.
-    """
-
-    q: Operand | None
-    k: Operand | None
-    v: Operand | None
-    mix: Op
-    scores: Op | None = None
-    weights: Op | None = None
-
-    @property
-    def operands(self) -> list[Operand]:
-        return [operand for operand in (self.q, self.k, self.v) if operand is not None]
 
 
 @dataclass(frozen=True)
@@ -180,78 +152,6 @@ class Roles:
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(part.weight.name for part in self.parts))
-
-
-def _cores(flow: Flow) -> Iterator[Core]:
-    for op in flow.ops:
-        if op.kind is Kind.ATTEND:
-            q, k, v = (None if value is None else Operand(value, -2) for value in op.operands[:3])
-            yield Core(q, k, v, op)
-        elif op.kind is Kind.SOFTMAX:
-            averaged = _value_product(flow, op)
-            if averaged is not None:
-                weights, v, mix = averaged
-                q, k, scores = _score_product(flow, op, *averaged) or (None, Operand(op, -1), None)
-                yield Core(q, k, v, mix, scores, weights)
-
-
-def _value_product(flow: Flow, softmax: Op) -> tuple[Op, Operand, Op] | None:
-    """The attention map as it meets the values, the values, and their product."""
-    for product in flow.forward(softmax, _SCORES, lambda op: op.kind is Kind.MATMUL, _mixes_heads):
-        pair = factors(product)
-        labels = product_labels(product)
-        for own, (weights, values) in ((1, pair), (0, pair[::-1])):
-            if weights is not None and values is not None and values is not softmax and not flow.reaches(softmax, values):
-                summed = [] if labels is None else [axis for axis, label in enumerate(labels[own]) if label not in labels[2]]
-                return weights, Operand(values, summed[-1] - len(values.shape) if summed else -2), product
-    return None
-
-
-def _score_product(flow: Flow, softmax: Op, weights: Op, values: Operand, mix: Op) -> tuple[Operand, Operand, Op] | None:
-    """q and k, and the product of them under the softmax. The keys lie along the axis over which the values are averaged."""
-    labels = product_labels(mix)
-    names = labels[0 if factors(mix)[0] is weights else 1] if labels is not None else ""
-    averaged = [axis for axis, label in enumerate(names) if labels is not None and label not in labels[2]]
-    for product in sorted(flow.backward(softmax, _SCORES, lambda op: op.kind is Kind.MATMUL, _mixes_heads), key=lambda op: op.index):
-        terms = product_labels(product)
-        first, second = factors(product)
-        if terms is None or first is None or second is None or len(averaged) != 1:
-            continue
-        for mine, other, k, q in ((terms[1], terms[0], second, first), (terms[0], terms[1], first, second)):
-            own = [axis for axis, label in enumerate(terms[2]) if label in mine and label not in other]
-            if own and _axis_at(flow, product, own[-1], weights) == averaged[0]:
-                asking = [axis - len(other) for axis, label in enumerate(other) if label in terms[2] and label not in mine]
-                key = mine.index(terms[2][own[-1]]) - len(mine)
-                return Operand(q, asking[-1] if asking else -2), Operand(k, key), product
-    return None
-
-
-def _mixes_heads(op: Op) -> bool:
-    """Whether a weight only mixes the attention maps of several heads ("talking heads")."""
-    return (
-        op.is_projection and op.weight is not None and op.weight.is_matrix and op.weight.inputs == op.weight.outputs and len(op.shape) > 3
-    )
-
-
-def _axis_at(flow: Flow, product: Op, axis: int, value: Op) -> int | None:
-    """Where an axis of the product lies in a value made from it."""
-    size = product.shape[axis]
-    state = flow.trace(product, value, tags=numbered(product.shape, axis), loosely=True)[value]
-    axes = varying_axes(state.tags) if isinstance(state.tags, Tensor) else ()
-    return axes[0] if len(axes) == 1 else (axis if size == 1 else None)
-
-
-def _query_axis(flow: Flow, core: Core) -> int | None:
-    """Where the queries lie in the averaged values."""
-    if core.scores is None or core.weights is None or core.q is None:
-        return -2 if core.mix.kind is Kind.ATTEND else None
-    terms, labels = product_labels(core.scores), product_labels(core.mix)
-    assert terms is not None
-    assert labels is not None
-    names = terms[0 if factors(core.scores)[0] is core.q.value else 1]
-    at = _axis_at(flow, core.scores, terms[2].index(names[core.q.axis]), core.weights) if names[core.q.axis] in terms[2] else None
-    label = None if at is None else labels[0 if factors(core.mix)[0] is core.weights else 1][at]
-    return labels[2].index(label) if label is not None and label in labels[2] else None
 
 
 def _roles(flow: Flow, core: Core) -> Roles:
@@ -407,7 +307,7 @@ def _output(flow: Flow, core: Core, v: tuple[Part, ...], op: Op) -> Part | None:
     if core.v is None or op.weight is None or not op.weight.is_matrix:
         return None
     value = core.v.value
-    for tags in [flow.trace(part.op, value, loosely=True)[value].tags for part in v] or [_own_channels(core)]:
+    for tags in [flow.trace(part.op, value, loosely=True)[value].tags for part in v] or [own_channels(core)]:
         end = arriving(flow.trace(value, op, tags=tags, carriers=(core.mix,)), op)
         if not isinstance(end.tags, Tensor):
             continue
@@ -422,21 +322,9 @@ def _is_in_order(channels: Sequence[int]) -> bool:
     return isinstance(channels, range) or len(set(channels)) < len(channels) or list(channels) == sorted(channels)
 
 
-def _own_channels(core: Core) -> Tensor | None:
-    """The channels of values that no matrix made."""
-    assert core.v is not None
-    labels = product_labels(core.mix)
-    if labels is None:
-        return None
-    names = labels[0 if factors(core.mix)[0] is core.v.value else 1]
-    others = labels[1 if factors(core.mix)[0] is core.v.value else 0]
-    own = [axis for axis, label in enumerate(names) if label in labels[2] and label not in others]
-    return numbered(core.v.value.shape, own[-1]) if own else None
-
-
 def _queries_at(flow: Flow, core: Core, end: Op) -> frozenset[int] | None:
     """The positions of the queries that an operation reads the averaged values of; None where that cannot be told."""
-    axis = _query_axis(flow, core)
+    axis = query_axis(flow, core)
     if axis is None:
         return None
     states = flow.trace(core.mix, end, tags=numbered(core.mix.shape, axis))
@@ -483,7 +371,7 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles, uses: dict[Op, set[Use
     proj = tuple(part for part in roles.proj if part not in refused)  # the others may yet be the end of a pattern around this one
     roles = dataclasses.replace(roles, proj=proj)
     flow.carriers.update({core.mix, *(part.op for part in roles.parts)})
-    flow.carriers.update(op for part in roles.parts[:1] for op in flow.between(part.op, core.mix) if _mixes_heads(op))
+    flow.carriers.update(op for part in roles.parts[:1] for op in flow.between(part.op, core.mix) if mixes_heads(op))
     ties = [tie for tie in ties if tie not in made]  # another attention may use the same keys and values
     made.update(ties)
     if ties:
