@@ -185,6 +185,12 @@ def turned_by_a_sum(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (turn * pairs).sum(-1).flatten(-2)
 
 
+def turned_as_far_as_they_go(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The part that is not turned is empty."""
+    first, second, rest = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos, rest), -1)
+
+
 def turned_in_memory(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     result = torch.empty_like(x)
     result[..., ::2] = x[..., ::2] * cos - x[..., 1::2] * sin
@@ -192,7 +198,7 @@ def turned_in_memory(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return result
 
 
-TURNS = [turned_apart, turned_by_halves, turned_by_columns, turned_by_a_sum, turned_in_memory]
+TURNS = [turned_apart, turned_by_halves, turned_by_columns, turned_by_a_sum, turned_as_far_as_they_go, turned_in_memory]
 
 
 @pytest.mark.parametrize("turned", TURNS, ids=lambda turned: turned.__name__)

@@ -50,7 +50,7 @@ def blended(states: Mapping[Op, Channels], value: Op) -> Sequence[int] | None:
     if not states[value].blended:
         return held(states[value])
     ways = reached(value, lambda op: [source for source in op.inputs if source in states] if states[op].blended else [])
-    parts = [held(states[op]) for op in ways if not states[op].blended]
+    parts = [held(states[op]) for op in ways if not states[op].blended and 0 not in op.shape]
     return held(states[value]) if None in parts else listed(sorted({channel for part in parts for channel in part or ()}))
 
 

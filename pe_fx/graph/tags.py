@@ -64,7 +64,7 @@ def channels_along(tags: Any, axis: int) -> Sequence[int] | None:
 @remembered
 def channels_in(tags: Any) -> Sequence[int] | None:
     """All channels of the origin that a value holds, sorted; None where it holds anything else (beside padding)."""
-    if not isinstance(tags, Tensor) or tags.is_complex():
+    if not isinstance(tags, Tensor) or tags.is_complex() or not tags.numel():
         return None
     present = torch.unique(shrunk(tags)).long() - 1  # type: ignore[no-untyped-call]
     if present[0] < -1 or present[-1] < 0:
