@@ -117,7 +117,7 @@ def _label(library: str, rows: Sequence[Row]) -> str:
 
 
 def _outcome(rows: Sequence[Row]) -> list[str]:
-    verified = Counter(row["verified"] for row in rows)
+    verified = Counter(row["verified"] for row in rows if not row["error"])
     shares = [
         (float(row["match_s"]) + float(row["rewrite_s"] or 0)) / float(row["capture_s"]) for row in rows if float(row["capture_s"] or 0)
     ]
