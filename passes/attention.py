@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pe_fx.graph.channels import arriving, blended, held
+from pe_fx.graph.channels import arriving, held, held_in_sums
 from pe_fx.graph.flow import Flow, source_along
 from pe_fx.graph.operation import Op, Weight
 from pe_fx.graph.ops import Kind
@@ -193,7 +193,7 @@ def _parts(flow: Flow, operand: Operand | None, mix: Op) -> tuple[Part, ...]:
     source = flow.feeder(operand.value)
     alone = _part(flow, source, operand) if source is not None else None
     if alone is not None:
-        return (dataclasses.replace(alone, positions=None),)
+        return (alone,)
     makers = [op for op in flow.makers(operand.value) if op.is_projection and _serves_attention_only(flow, op, mix)]
     return tuple(part for op in makers if (part := _part(flow, op, operand)) is not None)
 
@@ -202,7 +202,7 @@ def _part(flow: Flow, source: Op, operand: Operand) -> Part | None:
     if not source.is_projection or source.weight is None or not source.weight.is_matrix:
         return None
     states = flow.trace(source, operand.value)
-    tags, channels = states[operand.value].tags, blended(states, operand.value)
+    tags, channels = states[operand.value].tags, held_in_sums(states, operand.value)
     if channels is None or not source.weight.is_part(channels):
         return None
     if _differ_along(tags, operand.axis):  # a matrix along the positions, unless none is behind it
@@ -289,10 +289,10 @@ def _next_projection(flow: Flow, core: Core, own: set[Op]) -> Op | None:
     """
 
     def meets_stream(op: Op) -> bool:
-        if op.kind is not Kind.POINTWISE:
+        if op.kind is not Kind.POINTWISE or not flow.modulates(core.mix, op):
             return False
-        added = [flow.makers(value) for value, at in flow.joining(core.mix, op) if at is op]
-        return flow.modulates(core.mix, op) and not all(makers and own.issuperset(makers) for makers in added)
+        added = (flow.makers(value) for value, at in flow.joining(core.mix, op) if at is op)
+        return not all(makers and own.issuperset(makers) for makers in added)
 
     for op in flow.inevitable(core.mix):
         if op.is_projection:  # no stream of its own may have left the way before

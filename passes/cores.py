@@ -106,22 +106,26 @@ def query_axis(flow: Flow, core: Core) -> int | None:
     """Where the queries lie in the averaged values."""
     if core.scores is None or core.weights is None or core.q is None:
         return -2 if core.mix.kind is Kind.ATTEND else None
-    terms, labels = product_labels(core.scores), product_labels(core.mix)
-    assert terms is not None
-    assert labels is not None
-    names = terms[0 if factors(core.scores)[0] is core.q.value else 1]
-    at = _axis_at(flow, core.scores, terms[2].index(names[core.q.axis]), core.weights) if names[core.q.axis] in terms[2] else None
-    label = None if at is None else labels[0 if factors(core.mix)[0] is core.weights else 1][at]
-    return labels[2].index(label) if label is not None and label in labels[2] else None
+    query, _, scores = _labels(core.scores, core.q.value)
+    weights, _, result = _labels(core.mix, core.weights)
+    label = query[core.q.axis]
+    at = _axis_at(flow, core.scores, scores.index(label), core.weights) if label in scores else None
+    return result.index(weights[at]) if at is not None and weights[at] in result else None
 
 
 def own_channels(core: Core) -> Tensor | None:
     """The channels of values that no matrix made."""
     assert core.v is not None
-    labels = product_labels(core.mix)
-    if labels is None:
+    if product_labels(core.mix) is None:
         return None
-    names = labels[0 if factors(core.mix)[0] is core.v.value else 1]
-    others = labels[1 if factors(core.mix)[0] is core.v.value else 0]
-    own = [axis for axis, label in enumerate(names) if label in labels[2] and label not in others]
+    names, others, result = _labels(core.mix, core.v.value)
+    own = [axis for axis, label in enumerate(names) if label in result and label not in others]
     return numbered(core.v.value.shape, own[-1]) if own else None
+
+
+def _labels(product: Op, factor: Op) -> tuple[str, str, str]:
+    """The labels of one factor of a product, of the other one, and of the result."""
+    labels = product_labels(product)
+    assert labels is not None
+    first, second, result = labels
+    return (first, second, result) if factors(product)[0] is factor else (second, first, result)

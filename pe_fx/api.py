@@ -83,10 +83,7 @@ def plan(
 
 
 def plan_of(
-    sites: Sequence[Site],
-    shapes: Mapping[str, Shape],
-    misses: Sequence[Miss] = (),
-    options: Mapping[str, Any] | None = None,
+    sites: Sequence[Site], shapes: Mapping[str, Shape], misses: Sequence[Miss] = (), options: Mapping[str, Any] | None = None
 ) -> Plan:
     """The plan that holds these sites, of a model whose parameters have these shapes."""
     numel = {name: math.prod(shape) for name, shape in shapes.items()}

@@ -45,7 +45,7 @@ def held(state: Channels | None) -> Sequence[int] | None:
     return None if state is None or state.mixed else channels_in(state.tags)
 
 
-def blended(states: Mapping[Op, Channels], value: Op) -> Sequence[int] | None:
+def held_in_sums(states: Mapping[Op, Channels], value: Op) -> Sequence[int] | None:
     """As `held`, of a value that may also hold sums of the origin's channels: all that are in them."""
     if not states[value].blended:
         return held(states[value])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from feed_forward import TIE, X, mlp, plain
 from oracle import Net, assert_equals_twin, assert_hit, linear, ties
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,17 +22,6 @@ from pe_fx.graph.capture import Captured, capture
 from pe_fx.graph.inputs import tensors_in
 from pe_fx.graph.ops import value_of
 from pe_fx.graph.routes import sharing_copy
-
-X = torch.randn(3, 5, 8)
-TIE = "fc2.weight ← fc1.weightᵀ"
-
-
-def mlp(forward: Callable[..., Any]) -> Net:
-    return Net(forward, fc1=linear(8, 16), fc2=linear(16, 8))
-
-
-def plain(m: Net, x: Tensor) -> Tensor:
-    return m.fc2(m.fc1(x).relu())
 
 
 def calls(captured: Captured) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
 import timm
 import torch
 import transformers
+from feed_forward import TIE, X, mlp, plain
 from oracle import Net, assert_hit, linear, ties
 from torch import Tensor, nn
 
@@ -18,18 +18,6 @@ from pe_fx import CaptureError
 from pe_fx.graph.capture import capture
 from pe_fx.graph.derive import derive_inputs
 from pe_fx.graph.inputs import as_arguments
-
-X = torch.randn(3, 5, 8)
-TIE = "fc2.weight ← fc1.weightᵀ"
-
-
-def mlp(forward: Callable[..., Any]) -> Net:
-    return Net(forward, fc1=linear(8, 16), fc2=linear(16, 8))
-
-
-def plain(m: Net, x: Tensor) -> Tensor:
-    return m.fc2(m.fc1(x).relu())
-
 
 # ---- inputs
 

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import transformers
+from feed_forward import TIE, X, mlp, plain
 from oracle import Net, assert_hit, linear, ties
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -22,17 +23,6 @@ from pe_fx import CaptureError
 from pe_fx.graph.capture import capture, module_of
 from pe_fx.graph.routes import recorded
 from pe_fx.ties import ONE_PATH
-
-X = torch.randn(3, 5, 8)
-TIE = "fc2.weight ← fc1.weightᵀ"
-
-
-def mlp(forward: Callable[..., Any], **members: Any) -> Net:
-    return Net(forward, fc1=linear(8, 16), fc2=linear(16, 8), **members)
-
-
-def plain(m: Net, x: Tensor) -> Tensor:
-    return m.fc2(m.fc1(x).relu())
 
 
 def asks(x: Tensor) -> None:
