@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from accuracy import TASKS, Row
+from accuracy import Row
+from accuracy_tasks import TASKS
 from matplotlib.figure import Figure
 from scipy import stats
 from tables import markdown

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import Bytes, count, loss_of
+from accuracy import count
+from accuracy_tasks import Bytes, loss_of
 from torch import Tensor, nn
 from tqdm import tqdm
 

@@ -4,7 +4,7 @@
     bench   training steps in bf16, dense and tied, through Inductor and through the backend pe_fx
     once    a feed-forward layer of few rows that reads its tied weight once, beside the dense one
     tune    the same kernel with other block sizes, warps and pipeline stages
-    learn   the learning study at scale (at_scale.py)
+    learn   the learning study (accuracy.py)
 
 All that is to be timed compiles at once, in processes of their own, while the nets train; then each of them has the GPU to itself in
 its turn, all else stopped; then the tests run beside the nets. Rows go to CSV files in `--out` as soon as they are measured, and a
@@ -75,7 +75,7 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
 
     import pe_fx
 
-    case, _, most = case.partition(":")
+    case, _, chosen = case.partition(":")
     graphs = case.endswith(GRAPHS)
     name, batch = case.removesuffix(GRAPHS).split("@")
     if dry:
@@ -102,7 +102,7 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
     variants: list[Variant] = []
     longest = 0.0
     how: dict[str, Any] = {"mode": "reduce-overhead", "fused": True} if graphs else {}
-    for title, backend, build_variant in recipes[: int(most or 5)]:
+    for title, backend, build_variant in [recipe for recipe in recipes if recipe[0].startswith(tuple(chosen.split("/")))]:
         if variants and turn.time_left < longest / 2:
             print(f"{case}: no time left to compile {title}", flush=True)
             break
@@ -280,10 +280,11 @@ def children_of(options: argparse.Namespace, work: Path, ready_by: float, learn_
     tests += ["tests/compiled"]
     tests += ["-n", "0", "-k", "test_gpu and (activation or single_read and none-1)"] if options.dry_run else ["-n", "8", "--dist", "load"]
     tests += ["-k", options.tests] if options.tests else []
-    learn = [sys.executable, "examples/at_scale.py", "--out", str(options.out / "learning.csv"), "--seconds", f"{learn_seconds:.0f}"]
-    learn += ["--seed", str(options.seed), *(["--nets", *options.nets] if options.nets else [])]
+    learn = [sys.executable, "examples/accuracy.py", "--out", str(options.out / "learning.csv")]
     if options.dry_run:
-        learn += ["--width", "32", "--depth", "2", "--batch", "2", "--steps", "10", "--text", "2000000", "--device", "cpu"]
+        learn += ["--device", "cpu", "--tasks", "vit", "--variants", "dense", "--steps", "10", "--seeds", "1", "--searching", "1"]
+    else:
+        learn += ["--device", "cuda", "--seconds", f"{learn_seconds:.0f}", *options.learn.split()]
     graphs = {"default": "", "reduce-overhead": GRAPHS}
     done = {f"{row['model']}@{row['batch']}{graphs[row['mode']]}" for row in rows_of(options.out / "bench.csv")}
     every = ["dry@1"] if options.dry_run else [*MODELS, *(case + GRAPHS for case in MODELS)]
@@ -311,9 +312,8 @@ def outcomes(out: Path, device: str) -> None:
 
 
 def is_done(step: str, out: Path) -> bool:
-    """Whether an earlier call has finished the step; of bench, it is asked for each case."""
-    rows = [] if step == "bench" else rows_of(out / f"{'learning' if step == 'learn' else step}.csv")
-    return bool(rows) and all(row.get("done", "1.000") == "1.000" for row in rows)
+    """Whether an earlier call has finished the step; of bench it is asked for each case, of learn for each run."""
+    return step not in ("bench", "learn") and bool(rows_of(out / f"{step}.csv"))
 
 
 def check(options: argparse.Namespace, start: float) -> list[str]:
@@ -357,7 +357,7 @@ def run(options: argparse.Namespace) -> None:
     steps = check(options, start)
     end = start + options.seconds
     ready_by = start + options.compile_seconds
-    learn_seconds = options.learn_seconds or max(20.0, options.seconds - 230)
+    learn_seconds = options.learn_seconds or max(20.0, options.seconds - 40)
     work = options.out / "work"
     work.mkdir(exist_ok=True)
     for stale in work.glob("*"):
@@ -383,7 +383,7 @@ def run(options: argparse.Namespace) -> None:
             if child.running and child.name not in ready:
                 say(start, f"{child.name} was not compiled in time")
                 child.send(signal.SIGKILL)
-        time.sleep(1)
+        time.sleep(3)  # for what the nets have handed to the GPU
         for child in timed:
             if child.running:
                 (work / f"{child.name}.go").touch()
@@ -420,12 +420,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), metavar="FOLDER")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--cases", nargs="+", metavar="MODEL@BATCH[+graphs][:VARIANTS]", help="of bench (default: all)")
+    parser.add_argument("--cases", nargs="+", metavar="MODEL@BATCH[+graphs][:VARIANT/…]", help="of bench (default: all)")
     parser.add_argument("--seconds", type=float, default=530, help="for everything (default: 530)")
     parser.add_argument("--compile-seconds", type=float, default=170, help="until the measurements begin (default: 170)")
-    parser.add_argument("--learn-seconds", type=float, help="of training (default: what is left)")
-    parser.add_argument("--seed", type=int, default=0, help="of learn")
-    parser.add_argument("--nets", nargs="+", help="of learn, as at_scale.py takes them")
+    parser.add_argument("--learn-seconds", type=float, help="after which no training begins (default: when 40 are left)")
+    parser.add_argument("--learn", default="", metavar="OPTIONS", help="of learn, as accuracy.py takes them, in one string")
     parser.add_argument("--tests", help="pytest's -k, of the tests (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -42,9 +42,9 @@ WITHOUT = """\
 Models of timm without a site are chains of 3x3 convolutions (VGG, ResNet18, RepVGG, Darknet), blocks that join all they made (VoVNet,
 DenseNet, HGNet), or bottlenecks that no tie fits: of two widths (DPN, SKNet, ResNeSt, RDNet) or with a gate that mixes positions (gMLP).
 
-`PE_FX_EXAMPLES=2500 pytest tests/test_properties.py` makes 10,000 random networks of chains, gates, attentions, joined streams and
-experts, with masks, conditions, caches, lent weights, nesting and random options: each is planned as expected, equals its dense twin and
-comes back by `untie`. pytest alone makes 100.
+`PE_FX_PARTS=40 PE_FX_EXAMPLES=250 pytest tests/test_properties.py` makes 10,000 random networks of chains, gates, attentions, joined
+streams and experts, with masks, conditions, caches, lent weights, nesting and random options: each is planned as expected, equals its
+dense twin and comes back by `untie`. pytest alone makes 100.
 
 ## The models of the paper
 

@@ -15,8 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("once.csv", "kind,us\nmlp,1.0\n", "once", True),
         ("once.csv", "kind,us\n", "once", False),
         ("once.csv", "kind,us\nmlp,1.0\n", "tune", False),
-        ("learning.csv", "variant,done\ndense,1.000\ntied,1.000\n", "learn", True),
-        ("learning.csv", "variant,done\ndense,0.700\ntied,0.700\n", "learn", False),
+        ("learning.csv", "variant\ndense\n", "learn", False),
         ("bench.csv", "model\ngpt2\n", "bench", False),
     ],
 )

@@ -23,6 +23,7 @@ from pe_fx.passes.variants import MIXES
 from pe_fx.tied.rewrite_modules import INITS
 
 WIDTH, TOKENS, CONDITION = 8, 6, 3
+PARTS = int(os.environ.get("PE_FX_PARTS", "4"))
 EXAMPLES = int(os.environ.get("PE_FX_EXAMPLES", "25"))
 
 ACTIVATIONS = {
@@ -521,7 +522,7 @@ networks = st.builds(
 )
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(PARTS))
 def test_random_networks(part: int) -> None:
     @seed(part)
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate])
