@@ -128,7 +128,7 @@ class Variant:
     inputs: Tensor
     autocast: bool
     mode: str | None = None
-    fused: bool = False
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         self.compiled = torch.compile(self.model, backend=self.backend, mode=self.mode)

@@ -65,18 +65,20 @@ Small batches, other load on the machine's second core: two runs differed by up 
     ("NVIDIA H200", "bf16"): """\
 `python examples/gpu.py`, steps `bench` and `once`; gpt2 reads 1,024 tokens. `kernels' time` is what the GPU is busy for in a step, beside
 the dense model's: the step's own time where nothing waits for launches. "Peak of a step" comes on top of weights and optimizer state. In
-mode `reduce-overhead` forward and backward are CUDA graphs, and AdamW is fused; `default` has PyTorch's own AdamW. The longest kernels
-of each row are in [kernels.csv](kernels.csv).
+mode `reduce-overhead` forward and backward are CUDA graphs, and AdamW is fused; `default` has PyTorch's own AdamW (all parameters at
+once). In the rows "AdamW in a loop" it took one parameter after the other: their parts but the optimizer's compare with `default`, their
+steps do not. The longest kernels of each row are in [kernels.csv](kernels.csv).
 
 - The processor launched 600 to 850 kernels a step in some 20 ms, so all small steps in `default` wait for it: there the number of
   kernels counts, and the parts of a step are those of the launches.
 - Busy for less: DeiT-S 0.99 at batch 128 and 0.89 at 8, GPT-2 0.96 and 0.86, ResNet50 0.99 (`keep`) and 0.89 (`slice`). Peak memory is
   below dense but for `expand`. Wanted were steps of 0.97 and 0.85 for DeiT-S: 0.98 and 0.98 were measured, since launches take the time.
 - AdamW: 0.66 to 0.78 of dense's time where it is fused, for 0.52 (DeiT-S) to 0.66 (GPT-2) of the parameters.
-- With CUDA graphs at small batches forward took 1.27 to 1.36 of dense's: in each call Dynamo checked some 30 guards for each tied weight.
-  They are 10 now, and what they add to a call is a fifth of that (DeiT-S, CPU); the rows above are of before.
-- `expand` was busy 6.7 times as long: cuDNN runs a depthwise convolution with several outputs a channel as one kernel for each channel, 98
-  of 137 ms. It is written as one with a single output for each of the repeated channels now; that was not timed on a GPU.""",
+- With CUDA graphs ResNet50 takes 1.00 (`keep`) and 0.91 (`slice`); DeiT-S at batch 8 1.04, forward 1.39: the graphs themselves are
+  busy for 0.94, what is added lies before their launch.
+- Signed ties, beside plain ones at the smallest batches: steps of 1.03 (DeiT-S, 8 images) and 1.07 (GPT-2, one row of 1,024 tokens).
+- `expand` is busy 1.35 times as long: what is added are its depthwise convolutions, 3.7 ms a step, which have one output for each
+  repeated channel. (With several outputs a channel cuDNN ran a kernel for each channel: 6.7 times as long.)""",
 }
 
 READ_ONCE = """\
@@ -88,12 +90,11 @@ reads W twice; "single read", the backend's."""
 
 READ_ONCE_NOTES: Mapping[str, str] = {
     "NVIDIA H200": """\
-`python examples/gpu.py`, steps `once` and `tune`; every way as a CUDA graph over so many weights that they do not fit the cache. "Single
-read" had the kernel's sizes chosen beforehand; "best sizes" is the kernel alone, without adding up what its programs found (some 3.5 us at
-width 4,096), with the best of those tried ([tune.csv](tune.csv)). The backend takes those by now, which was not timed again. It is used
-where it pays: at widths of 512 to 4,096 for one or two rows, to 1,024 for three and four; with more, the graph stays as it is. At one row
-of width 4,096, 134 MB in 35.6 us are 3.8 TB/s, of the 4.3 that a copy moves; with more rows the arithmetic takes longer than the reading.
-`max-autotune` chose its kernels while other processes used the GPU.""",
+`python examples/gpu.py`, steps `once` and `tune`; every way as a CUDA graph over so many weights that they do not fit the cache. The
+kernel's sizes are the best of those that `tune` measured ([tune.csv](tune.csv)). It is used where it pays: at widths of 512 to 4,096 for
+one or two rows, to 768 for three and four; with more, the graph stays as it is. (Here it was forced up to a product of rows and width of
+16,384; beyond, "single read" is the tied layer.) At one row of width 4,096, 134 MB in 39.0 us are 3.4 TB/s, of the 4.3 that a copy moves; with
+more rows the arithmetic takes longer than the reading. `max-autotune` chose its kernels while other processes used the GPU.""",
     "CPU, 2 cores": """\
 `OMP_NUM_THREADS=2 python examples/bench_once.py --rows 1 4 --rounds 31` (and 1) on two cores of a Xeon with AVX-512, with nothing else
 running. At width 4,096 and one row, four runs on one core gave 1.62 to 1.86. It is used for up to 16 rows (4 in bfloat16), from 768x3,072

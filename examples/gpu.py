@@ -102,7 +102,7 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
     variants: list[Variant] = []
     longest = 0.0
     how: dict[str, Any] = {"mode": "reduce-overhead", "fused": True} if graphs else {}
-    for title, backend, build_variant in [recipe for recipe in recipes if recipe[0].startswith(tuple(chosen.split("/")))]:
+    for title, backend, build_variant in [recipe for recipe in recipes if recipe[0].startswith(tuple(chosen.split("|")))]:
         if variants and turn.time_left < longest / 2:
             print(f"{case}: no time left to compile {title}", flush=True)
             break
@@ -420,7 +420,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), metavar="FOLDER")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--cases", nargs="+", metavar="MODEL@BATCH[+graphs][:VARIANT/…]", help="of bench (default: all)")
+    parser.add_argument("--cases", nargs="+", metavar="MODEL@BATCH[+graphs][:VARIANT|…]", help="of bench (default: all)")
     parser.add_argument("--seconds", type=float, default=530, help="for everything (default: 530)")
     parser.add_argument("--compile-seconds", type=float, default=170, help="until the measurements begin (default: 170)")
     parser.add_argument("--learn-seconds", type=float, help="after which no training begins (default: when 40 are left)")

@@ -36,7 +36,7 @@ def open_products(graph: fx.Graph, weights: Collection[fx.Node], inputs: Collect
             static.update([] if static.isdisjoint(node.all_input_nodes) else [node])
             continue
         values.add(node)
-        product = product_of(node) if node.op.startswith("call") and not node.kwargs.keys() - {"dims"} else None
+        product = product_of(node) if node.op.startswith("call") and not node.kwargs.keys() - {"dims", "path"} else None
         result = None if product is None else _opened(views.before(node), product, values, static)
         if result is not None:
             values.add(result)

@@ -54,7 +54,7 @@ def tuning_of(rows: int, width: int, weights: int, dtype: torch.dtype) -> Tuning
     return Tuning(max(1, 8192 // element), 4, 4, 2)
 
 
-WIDEST = {1: 4096, 2: 4096, 3: 1024, 4: 1024}
+WIDEST = {1: 4096, 2: 4096, 3: 768, 4: 768}
 
 
 SHARED_MEMORY = 100_000
