@@ -92,9 +92,10 @@ READ_ONCE_NOTES: Mapping[str, str] = {
     "NVIDIA H200": """\
 `python examples/gpu.py`, steps `once` and `tune`; every way as a CUDA graph over so many weights that they do not fit the cache. The
 kernel's sizes are the best of those that `tune` measured ([tune.csv](tune.csv)). It is used where it pays: at widths of 512 to 4,096 for
-one or two rows, to 768 for three and four; with more, the graph stays as it is. (Here it was forced up to a product of rows and width of
-16,384; beyond, "single read" is the tied layer.) At one row of width 4,096, 134 MB in 39.0 us are 3.4 TB/s, of the 4.3 that a copy moves; with
-more rows the arithmetic takes longer than the reading. `max-autotune` chose its kernels while other processes used the GPU.""",
+one or two rows, to 768 for three and four; with more, the graph stays as it is. (Here it was forced up to a product of rows and width
+of 16,384; beyond, "single read" is the tied layer.) At one row of width 4,096, 134 MB in 39.0 us are 3.4 TB/s, of the 4.3 that a copy
+moves; with more rows the arithmetic takes longer than the reading. `max-autotune` chose its kernels while other processes used the
+GPU.""",
     "CPU, 2 cores": """\
 `OMP_NUM_THREADS=2 python examples/bench_once.py --rows 1 4 --rounds 31` (and 1) on two cores of a Xeon with AVX-512, with nothing else
 running. At width 4,096 and one row, four runs on one core gave 1.62 to 1.86. It is used for up to 16 rows (4 in bfloat16), from 768x3,072
