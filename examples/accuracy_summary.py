@@ -4,60 +4,37 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from accuracy import Row
+from accuracy import SEARCHING, Row
 from accuracy_tasks import TASKS
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy import stats
 from tables import markdown
 
-COLORS = {
-    "dense": "black",
-    "dense, half as deep": "gray",
-    "tied": "tab:red",
-    "tied, signed": "tab:blue",
-    "tied, signed, wider": "tab:cyan",
-    "FFN only, signed": "tab:green",
-    "tied, expand": "tab:orange",
-    "tied, expand, signed": "tab:purple",
-}
+COLORS = {"dense": "black", "tied across": "tab:purple", "tied, signed": "tab:blue", "tied": "tab:red"}
+"""Of variants whose names begin so."""
 
 INTRODUCTION = """\
 # What tying costs in accuracy
 
-This page is written by `python examples/accuracy.py --summary` from [accuracy.csv](accuracy.csv), as the plot is.
+This page is written by `python examples/accuracy.py --summary` from [accuracy.csv](accuracy.csv), as the plots are.
 
-`python examples/accuracy.py` trains dense and tied models from the same start, on the same batches, with one recipe a task; each run is
-a row. `lm` is a GPT-style model of bytes (width 96, 4 blocks) on the text of Python's standard library, `vit` and `resnet` are small
-models on scikit-learn's digits. One width, one recipe for all: the numbers are a direction, not a promise. The paper reports 78.8 % tied
-against 79.9 % dense (DeiT-S, ImageNet-1k, 600 epochs).
+`python examples/accuracy.py` trains dense and tied models, and their rivals, from the same start, on the same batches, each at a learning
+rate of its own: with two seeds that are not reported rates are tried, a factor of 1.5 and then of its square root apart, until the best
+has worse neighbours; then five other seeds run at that rate. `lm` is a GPT-style model of bytes (width 96, 4 blocks) on the text of
+Python's standard library, `vit` and `resnet` are small models on scikit-learn's digits. The numbers are a direction, not a promise. The
+paper reports 78.8 % tied against 79.9 % dense (DeiT-S, ImageNet-1k, 600 epochs).
 
-![Score by training length: dense, tied and signed ties](accuracy.png)"""
+![Loss by parameters and by multiply-adds, of each variant at each length](accuracy.png)"""
 
 LEARNED = """\
 ## In short, for these small models and short trainings
 
-- A plain tie of the FFN is what costs, 0.106 nats per byte after 300 steps; signed, it costs 0.019. Tied attention alone costs nothing that
-  five seeds could tell.
-- All tied, the distance to dense after 300 and 1,000 steps is 0.097 ± 0.026 and 0.227 ± 0.057 for plain ties, 0.017 ± 0.016 and
-  0.105 ± 0.008 for signed ones: signs close four fifths, then half of it. After 3,000 it is 0.049 and 0.033 (one seed).
-- At equal parameters a wider net of signed ties (width 132 instead of 96, 1.9 times the multiply-adds) is better than the dense one at
-  every length: by 0.045 ± 0.020 after 300 steps, by 0.039 after 1,000 (two seeds) and by 0.048 after 3,000 (one seed). With plain ties it
-  is worse, by 0.036 ± 0.012 after 300.
-- A dense net of half the depth, with as many parameters as the tied one and half its multiply-adds, was as good as signed ties after
-  300 steps, better after 1,000 (1.672 against 1.734) and about as good after 3,000 (1.335 against 1.340); always better than plain ties.
-- A dense model trained for 300 steps, then tied and trained for 60 more, does best as the mean of both matrices (`init="mean"`), signed;
-  signed ties trained from the start are better; the first matrix alone (`init="keep"`) is lost at once (one seed).
-- Since these runs the order P is alike in all blocks that have a W of their own (they share kernels then): five seeds of the signed
-  variant after 300 steps came to 2.315 instead of 2.317, seed by seed 0.002 ± 0.007 less.
-- Gains do not pay beside signs. One signed W for all blocks, a quarter of the parameters, beats plain ties after 300 steps.
-- On digits, after 420 steps, no variant is worse than dense by more than three seeds can tell; `slice` and the deeper and wider signed ViTs
-  start slowly, `expand` does not.
-
-So: tie FFNs first, with `mix="signed"`, and give the parameters that this saves to a wider net where you can afford the multiply-adds; tie
-attention, too; share a W between blocks where size counts above all. The plain tie is the default since it is the paper's."""
+To be written."""
 
 DIGITS = """\
 ## Handwritten digits
@@ -123,30 +100,59 @@ def summary(rows: Sequence[Row]) -> str:
     )
 
 
+class Scores:
+    """What was reached: by the seeds that are reported, and in the search for the rate."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.reported: dict[tuple[str, int], dict[str, float]] = {}
+        self.rates: dict[tuple[str, int], float] = {}
+        self.tried: dict[tuple[str, int], dict[float, list[float]]] = {}
+        for row in rows:
+            place, score, lr = (row["variant"], int(row["steps"])), float(row["score"]), float(row["lr"])
+            if int(row["seed"]) < SEARCHING:
+                self.reported.setdefault(place, {})[row["seed"]] = score
+                self.rates[place] = lr
+            else:
+                self.tried.setdefault(place, {}).setdefault(lr, []).append(score)
+
+    def difference(self, variant: str, base: str, steps: int) -> list[float]:
+        """To another variant, seed by seed."""
+        own, other = (self.reported.get((name, steps), {}) for name in (variant, base))
+        return [own[seed] - other[seed] for seed in own if seed in other]
+
+    def found(self, variant: str, steps: int, lower_is_better: bool) -> tuple[float, float] | None:
+        """The best mean of the search, and its rate."""
+        tried = self.tried.get((variant, steps), {})
+        most = max(map(len, tried.values()), default=0)
+        means = [(statistics.mean(scores), lr) for lr, scores in tried.items() if len(scores) == most]
+        return (min if lower_is_better else max)(means, default=None)
+
+
 def _table(name: str, scale: int, rows: Sequence[Row]) -> str:
     lengths = sorted({int(row["steps"]) for row in rows})
-    title = f"`{name}`{f', scale {scale}' if scale > 1 else ''}: {TASKS[name].unit} after so many steps, the mean of (n) seeds; then the"
+    scores = Scores(rows)
     lines = []
-    scores = {(row["variant"], int(row["steps"]), row["seed"]): float(row["score"]) for row in rows}
     for variant in TASKS[name].variants:
         own = [row for row in rows if row["variant"] == variant.name]
-        base = "pretrained, dense" if variant.pretrained else "dense"
         if own:
-            cells = [_cell(scores, variant.name, base, length) for length in lengths]
-            before = [float(row["before"]) for row in own if row["before"]]
-            note = f" (before: {statistics.mean(before):.3f})" if before else ""
-            lines.append((variant.name + note, f"{int(own[0]['params']):,}", *cells))
-    header = ("variant", "parameters", *(f"{length:,}" for length in lengths))
-    return f"{title}\nmean difference to dense, seed by seed, ± its 95 % interval:\n\n{markdown(header, lines)}"
+            cells = [_cell(scores, variant.name, length, TASKS[name].lower_is_better) for length in lengths]
+            lines.append((variant.name, f"{int(own[0]['params']):,}", f"{int(own[0]['multiply_adds']) / 1e6:.1f}", *cells))
+    header = ("variant", "parameters", "M multiply-adds", *(f"{length:,} steps" for length in lengths))
+    versions = " and ".join(dict.fromkeys(row["versions"] for row in rows))
+    title = f"`{name}`{f', scale {scale}' if scale > 1 else ''}, {TASKS[name].unit} ({versions}):"
+    return f"{title}\n\n{markdown(header, lines)}"
 
 
-def _cell(scores: Mapping[tuple[str, int, str], float], variant: str, base: str, length: int) -> str:
-    own = {seed: score for (name, steps, seed), score in scores.items() if (name, steps) == (variant, length)}
-    if not own:
-        return ""
-    mean = f"{statistics.mean(own.values()):.3f}"
-    pairs = [score - scores[base, length, seed] for seed, score in own.items() if (base, length, seed) in scores]
-    return f"{mean} ({len(own)})" if variant == base or not pairs else f"{mean} ({len(own)}); {interval(pairs)}"
+def _cell(scores: Scores, variant: str, steps: int, lower_is_better: bool) -> str:
+    place = variant, steps
+    if place not in scores.reported:
+        found = scores.found(variant, steps, lower_is_better)
+        return "" if found is None else f"({found[0]:.3f} at {found[1]:.1e})"
+    own = scores.reported[place]
+    pairs = scores.difference(variant, "dense", steps)
+    few = f" ({len(own)} seeds)" if len(own) != 5 else ""
+    difference = "" if variant == "dense" or not pairs else f"; {interval(pairs)}"
+    return f"{statistics.mean(own.values()):.3f}{few}{difference}; {scores.rates[place]:.1e}"
 
 
 def interval(values: Sequence[float]) -> str:
@@ -161,23 +167,37 @@ def interval(values: Sequence[float]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Score by training length, one panel a task; every run is a point, the line goes through the means."""
-    rows = [row for row in rows if row["scale"] == "1"]
-    names = [name for name in TASKS if any(row["task"] == name for row in rows)]
-    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for variant, color in COLORS.items():
-            own = [(int(row["steps"]), float(row["score"])) for row in rows if (row["task"], row["variant"]) == (name, variant)]
-            if own:
-                lengths = sorted({length for length, _ in own})
-                means = [statistics.mean(score for length, score in own if length == wanted) for wanted in lengths]
-                axes.plot(lengths, means, color=color, label=variant, linestyle="--" if variant.startswith("dense") else "-")
-                axes.plot(*zip(*own, strict=True), ".", color=color, alpha=0.5)
-        axes.set(title=name, xlabel="training steps", ylabel=TASKS[name].unit, xscale="log")
-        lengths = sorted({int(row["steps"]) for row in rows if row["task"] == name})
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], minor=False)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    """The language model's loss against parameters and against multiply-adds, at each length that is finished; the line is the front."""
+    rows = [row for row in rows if (row["task"], row["scale"]) == ("lm", "1")]
+    scores = Scores(rows)
+    lengths = sorted({steps for _, steps in scores.reported})
+    names = [variant.name for variant in TASKS["lm"].variants if "'" not in variant.name]  # the others are one net, trained otherwise
+    axes: Any
+    figure = Figure(figsize=(14, 4.5 * len(lengths)), layout="constrained")
+    for row, steps in zip(figure.subplots(len(lengths), 2, squeeze=False, sharey="row"), lengths, strict=True):
+        for axes, column, title in zip(row, ("params", "multiply_adds"), ("parameters", "multiply-adds of 128 bytes"), strict=True):
+            points = []
+            for number, name in enumerate(names, 1):
+                if (name, steps) in scores.reported:
+                    size = float(next(each[column] for each in rows if each["variant"] == name))
+                    own = list(scores.reported[name, steps].values())
+                    color = color_of(name)
+                    error = statistics.stdev(own) / math.sqrt(len(own)) if len(own) > 1 else 0
+                    axes.errorbar(size, statistics.mean(own), error, fmt="o", color=color, capsize=2, elinewidth=0.8, markersize=4)
+                    side = 5 if number % 2 else -5
+                    style = {"textcoords": "offset points", "fontsize": 9, "color": color, "ha": "left" if number % 2 else "right"}
+                    axes.annotate(str(number), (size, statistics.mean(own)), (side, 1), **style)
+                    points.append((size, statistics.mean(own)))
+            front = [(x, y) for x, y in sorted(points) if all(y < other for size, other in points if size <= x and (size, other) != (x, y))]
+            axes.step(*zip(*front, strict=True), where="post", color="gray", linewidth=0.8, linestyle=":")
+            axes.set(title=f"{steps:,} steps", xlabel=title)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel("nats per byte")
+    handles = [Line2D([], [], marker="o", linestyle="", color=color_of(name), label=f"{i}  {name}") for i, name in enumerate(names, 1)]
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def color_of(name: str) -> str:
+    return next((color for start, color in COLORS.items() if name.startswith(start)), "tab:gray")
