@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import importlib
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +35,9 @@ from pe_fx.tied.weight import Tied
 from pe_fx.ties import Entry, FarMiss, Miss, Plan, Shape, Site, Tie
 
 KINDS = tuple(rule.kind for rule in DEFAULT_RULES)
+
+INTEGRATIONS = ("transformers",)
+"""Libraries that write a model's configuration beside its weights: where one is in use, it is told of a tied model."""
 
 
 def plan(
@@ -182,6 +187,9 @@ def apply(model: nn.Module, plan: Plan, *, init: str = "keep", inplace: bool = F
         rewrite_graph(result, plan)
     else:
         rewrite_modules(result, plan, init)
+    for library in INTEGRATIONS:
+        if library in sys.modules:
+            importlib.import_module(f"pe_fx.{library}").attach(result)
     return result
 
 
@@ -206,6 +214,17 @@ def _nearly(misses: Sequence[Miss], call: str) -> str:
     several = len(misses) > 1
     count = f"{len(misses)} near misses" if several else "1 near miss"
     return f" ({count}: {misses[0].reason}{', …' * several}); print({call}.explain()) shows {'them' if several else 'it'}"
+
+
+def checked(init: str, options: Mapping[str, Any]) -> None:
+    """Raises `PeFxError` where `transform` would, for these options alone."""
+    check_one_of("init", init, INITS)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(plan).parameters.items() if parameter.default is not None}
+    for name in options:
+        check_one_of("an option", name, [each for each, parameter in inspect.signature(plan).parameters.items() if parameter.kind == parameter.KEYWORD_ONLY])
+    given = {name: options.get(name, defaults.get(name)) for name in ("share", "entry", "include", "exclude", "mix", "gain")}
+    _checked_rules(options.get("rules", DEFAULT_RULES))
+    _checked_options(**given)
 
 
 def _checked_rules(rules: Sequence[str | Rule]) -> tuple[Rule, ...]:

@@ -19,7 +19,7 @@ from pe_fx.graph.copies import copied
 from pe_fx.tied.held import held_plan, uncompiled
 from pe_fx.tied.rewrite_modules import INITS
 from pe_fx.tied.twin import untie
-from pe_fx.tied.weight import MIX, is_sharded
+from pe_fx.tied.weight import MIX, drop_placeholders, is_sharded
 from pe_fx.ties import Plan
 
 PLAN = "pe_fx_plan"
@@ -138,7 +138,11 @@ def _read(path: Path, trust: bool) -> tuple[Mapping[str, Any], Plan | None]:
         start = file.read(9)
     if path.suffix == ".safetensors" or start[8:] == b"{":
         with _opened(path) as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, _plan_of(opened, path)  # noqa: SIM118 (no dict)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            plan = _plan_of(opened, path)
+            for tie in plan.ties if plan is not None else ():
+                drop_placeholders(tensors, tie.target)
+            return tensors, plan
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # a training script's options, kept beside its weights
             values = torch.load(path, map_location="cpu", weights_only=not trust)

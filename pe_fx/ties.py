@@ -8,8 +8,8 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -305,6 +305,28 @@ class Site:
     entry: Entry | None = None
     saved: int = 0
 
+    def renamed(self, rename: Callable[[str], str]) -> Site:
+        """The site of a model whose modules and weights have other names."""
+
+        def tie(old: Tie) -> Tie:
+            return replace(old, into=replace(old.into, name=rename(old.target)), of=replace(old.of, name=rename(old.source)))
+
+        entry = self.entry and replace(
+            self.entry,
+            block=rename(self.entry.block),
+            conv1=rename(self.entry.conv1),
+            convs=tuple(map(rename, self.entry.convs)),
+            norms=tuple(map(rename, self.entry.norms)),
+        )
+        return replace(
+            self,
+            name=rename(self.name),
+            weights=tuple(map(rename, self.weights)),
+            ties=tuple(map(tie, self.ties)),
+            stage=self.stage and rename(self.stage),
+            entry=entry,
+        )
+
 
 @dataclass(frozen=True)
 class Miss:
@@ -314,6 +336,9 @@ class Miss:
     name: str
     weights: tuple[str, ...]
     reason: str
+
+    def renamed(self, rename: Callable[[str], str]) -> Miss:
+        return replace(self, name=rename(self.name), weights=tuple(map(rename, self.weights)))
 
 
 @dataclass(frozen=True)
@@ -366,6 +391,22 @@ class Plan:
     @property
     def entries(self) -> tuple[Entry, ...]:
         return tuple(site.entry for site in self.sites if site.entry)
+
+    def renamed(self, rename: Callable[[str], str]) -> Plan:
+        """The plan of a model whose modules and weights have other names, as where it is part of another.
+
+        >>> from torch import nn
+        >>> import pe_fx
+        >>> plan = pe_fx.plan(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
+        >>> [str(tie) for tie in plan.renamed("backbone.{}".format).ties]
+        ['backbone.2.weight ← backbone.0.weightᵀ']
+        """
+        return replace(
+            self,
+            sites=tuple(site.renamed(rename) for site in self.sites),
+            misses=tuple(miss.renamed(rename) for miss in self.misses),
+            shapes={rename(name): shape for name, shape in self.shapes.items()},
+        )
 
     def to_json(self) -> str:
         """The plan as JSON text, with a schema version; `Plan.from_json` reads it back."""

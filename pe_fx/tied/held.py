@@ -64,27 +64,8 @@ def _present(plan: Plan, now: Mapping[str, str]) -> Iterator[tuple[Site, Site]]:
         ties = [tie for tie in site.ties if tie.target in now]
         if ties:
             rename = _renaming(now, ties[0].target)
-            yield (
-                site,
-                replace(
-                    site,
-                    name=rename(site.name),
-                    weights=tuple(map(rename, site.weights)),
-                    ties=tuple(
-                        replace(tie, into=replace(tie.into, name=now[tie.target]), of=replace(tie.of, name=now[tie.source])) for tie in ties
-                    ),
-                    stage=site.stage and rename(site.stage),
-                    entry=site.entry
-                    and replace(
-                        site.entry,
-                        block=rename(site.entry.block),
-                        conv1=rename(site.entry.conv1),
-                        convs=tuple(map(rename, site.entry.convs)),
-                        norms=tuple(map(rename, site.entry.norms)),
-                    ),
-                    saved=site.saved if len(ties) == len(site.ties) else sum(tie.into.numel - tie.gains for tie in ties),
-                ),
-            )
+            saved = site.saved if len(ties) == len(site.ties) else sum(tie.into.numel - tie.gains for tie in ties)
+            yield site, replace(site, ties=tuple(ties), saved=saved).renamed(rename)
 
 
 def _renaming(now: Mapping[str, str], target: str) -> Rename:

@@ -107,6 +107,24 @@ class TiedWeight:
         return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *(own[attribute] for _, attribute in self.sources))
 
 
+TOLD = "is tied: import pe_fx.transformers before from_pretrained"
+
+
+def placeholder(like: Tensor) -> Tensor:
+    """What stands for a tied weight in a file that a class which knows nothing of ties must refuse: no values, and the shape of no weight.
+
+    One of them has a second name, with `TOLD` behind it.
+    """
+    return like.new_empty((1,) + (0,) * (like.dim() - 1))
+
+
+def drop_placeholders(values: dict[str, Any], name: str) -> None:
+    """Takes what stands for the tied weight of this name out of a file's values."""
+    for each in (name, f"{name} {TOLD}"):
+        if isinstance(values.get(each), Tensor) and not values[each].numel():
+            del values[each]
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Whether it is a DTensor, the class of which takes long to import."""
     return hasattr(parameter, "placements")
@@ -206,6 +224,8 @@ class Tied(Derived):
             alike = {name: len(hands) for name, hands in saved.items()} == {name: len(hands) for name, hands in own.items()}
             difference = "another order or other signs (mix) than it has" if alike else "other weights tied, or other parts of them, than"
             errors.append(f"{prefix[:-1]} was saved with {difference} here: tie the model by its own plan")
+        for name in self.tied_weights:
+            drop_placeholders(state_dict, prefix + name)
         check_loaded(self._sources(), assign=local_metadata.get("assign_to_params_buffers", False))
         arguments = (prefix, local_metadata, strict, missing, unexpected, errors)
         if self.dense_class._load_from_state_dict is nn.Module._load_from_state_dict:  # type: ignore[attr-defined]
