@@ -20,11 +20,12 @@ name of its own in the state_dict; every other name stays, and so do the model's
     untie(model)         that twin, in the original architecture's own names
     commit(model)        after `torch.compile(model, backend="pe_fx")`: ties the model as its compiled graphs are tied
     pending(model)       the plan that commit would carry out
+    TiePass()            the rules as a pass of torch.fx
     outside_ties(layer)  whether a layer can be exchanged or converted by itself
 
 What cannot be done raises `PeFxError` (`CaptureError`: no graph) and leaves the model as it was; `NoSitesWarning`: nothing to tie.
 By their own names are imported: `pe_fx.checkpoint` (files), `pe_fx.distributed` (FSDP2, tensor parallel), `pe_fx.timm` (tied twins of
-timm's models), `pe_fx.peft`, `pe_fx.fx_pass` (torch.fx passes), `pe_fx.diff` (what changed, as a tree or a page) and `pe_fx.passes` (the
+timm's models), `pe_fx.transformers` (save_pretrained and from_pretrained), `pe_fx.peft`, `pe_fx.diff` (what changed, as a tree or a page) and `pe_fx.passes` (the
 rules). The command `pe-fx` shows plans and differences.
 
 Source: O. C. Koyun, B. U. Töreyin, arXiv 2401.16438.
@@ -37,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pe_fx.api import apply, plan, transform
+    from pe_fx.compiled.fx_pass import TiePass
     from pe_fx.compiled.ledger import commit, pending
     from pe_fx.errors import CaptureError, NoSitesWarning, PeFxError
     from pe_fx.tied.partners import outside_ties
@@ -48,6 +50,7 @@ __all__ = [
     "NoSitesWarning",
     "PeFxError",
     "Plan",
+    "TiePass",
     "apply",
     "commit",
     "outside_ties",
@@ -61,6 +64,7 @@ __all__ = [
 _HOMES = {
     "api": ("apply", "plan", "transform"),
     "errors": ("CaptureError", "NoSitesWarning", "PeFxError"),
+    "compiled.fx_pass": ("TiePass",),
     "compiled.ledger": ("commit", "pending"),
     "ties": ("Plan",),
     "tied.partners": ("outside_ties",),

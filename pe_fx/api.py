@@ -219,11 +219,12 @@ def _nearly(misses: Sequence[Miss], call: str) -> str:
 def checked(init: str, options: Mapping[str, Any]) -> None:
     """Raises `PeFxError` where `transform` would, for these options alone."""
     check_one_of("init", init, INITS)
-    defaults = {name: parameter.default for name, parameter in inspect.signature(plan).parameters.items() if parameter.default is not None}
+    parameters = inspect.signature(plan).parameters.items()
+    given = {name: parameter.default for name, parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
     for name in options:
-        check_one_of("an option", name, [each for each, parameter in inspect.signature(plan).parameters.items() if parameter.kind == parameter.KEYWORD_ONLY])
-    given = {name: options.get(name, defaults.get(name)) for name in ("share", "entry", "include", "exclude", "mix", "gain")}
-    _checked_rules(options.get("rules", DEFAULT_RULES))
+        check_one_of("the option", name, list(given))
+    given |= options
+    _checked_rules(given.pop("rules"))
     _checked_options(**given)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pe_fx.api import apply
 from pe_fx.errors import PeFxError, check_one_of, first_line
@@ -64,7 +66,9 @@ def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | No
             raise PeFxError(f"{path}: safetensors cannot hold this model: {first_line(error)}") from error
 
 
-def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: bool = False, trust: bool = False) -> nn.Module:
+def load(
+    path: str | Path, model: nn.Module | Callable[[], nn.Module], *, init: str = "keep", inplace: bool = False, trust: bool = False
+) -> nn.Module:
     """The model with the values of a file, tied where the file or the model is.
 
     >>> import tempfile, pe_fx
@@ -78,7 +82,8 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
 
     Args:
         path: what `save` wrote; any safetensors file; or a state_dict by torch.save, by itself or under "state_dict" or "model".
-        model: dense or tied. It is left as it is unless `inplace`.
+        model: dense or tied. It is left as it is unless `inplace`. Or what builds it, say `lambda: timm.create_model("resnet50")`: then
+            there is never memory for the weights of the dense model.
         init: how a tied model takes the values of a dense file; see `pe_fx.transform`.
         inplace: change `model` itself.
         trust: unpickle whatever a file by torch.save holds, which runs code that it may carry; else weights alone.
@@ -94,11 +99,14 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
     check_one_of("init", init, INITS)
     path = Path(path)
     values, plan = _read(path, trust)
+    is_built_here = not isinstance(model, nn.Module)
+    if not isinstance(model, nn.Module):
+        model = _built_without_values(model)
     held = held_plan(uncompiled(model))
     if any(map(is_sharded, model.parameters())):
         raise PeFxError("this model is sharded: load before that, or with torch.distributed.checkpoint")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise PeFxError("this model has no memory for its weights: model.to_empty(device='cpu') gives it some")
+    if not is_built_here and any(parameter.is_meta for parameter in model.parameters()):
+        raise PeFxError("this model has no memory for its weights: give what builds it, or model.to_empty(device='cpu')")
     if plan is not None and held is not None and set(plan.ties) != set(held.ties):
         other = next(iter(set(plan.ties) ^ set(held.ties)))
         raise PeFxError(f"{path} is tied otherwise than the model: only one of them has {other}. Load it into a dense model")
@@ -117,11 +125,45 @@ def load(path: str | Path, model: nn.Module, *, init: str = "keep", inplace: boo
         with _about(path):
             apply(outline, missing, inplace=True)
     state = _fitting(outline, values, path)
-    result = model if inplace else copied(model)
+    result = model if inplace or is_built_here else copied(model)
     if missing is not None:
         apply(uncompiled(result), missing, inplace=True)
-    uncompiled(result).load_state_dict(state)
+    if is_built_here:
+        _give_values(uncompiled(result), state)
+    else:
+        uncompiled(result).load_state_dict(state)
     return result
+
+
+def _built_without_values(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model, its parameters on the meta device as soon as they are registered; buffers have values, which may be in no file."""
+
+    def on_meta(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        if parameter not in moved:
+            moved[parameter] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        return moved[parameter]
+
+    moved: MutableMapping[nn.Parameter, nn.Parameter] = WeakIdKeyDictionary()  # one that is registered twice stays one
+    handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # it may return another, as documented
+    try:
+        return build()
+    finally:
+        handle.remove()
+
+
+def _give_values(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Makes a file's tensors the model's, in the model's dtypes."""
+    own = model.state_dict(keep_vars=True)
+    made = {
+        key: nn.Parameter(state[name].to(value.dtype), requires_grad=value.requires_grad)
+        for name, value in own.items()
+        if isinstance(value, nn.Parameter) and (key := id(value))
+    }
+    given = OrderedDict((name, made.get(id(value), state[name])) for name, value in own.items())
+    vars(given)["_metadata"] = _told(state)
+    model.load_state_dict(given, assign=True)
 
 
 def read_plan(path: str | Path) -> Plan | None:

@@ -55,7 +55,12 @@ class PeFxConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(
-        self, plan: pe_fx.Plan | Mapping[str, Any] | None = None, *, init: str = "keep", options: Mapping[str, Any] | None = None, **more: Any
+        self,
+        plan: pe_fx.Plan | Mapping[str, Any] | None = None,
+        *,
+        init: str = "keep",
+        options: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> None:
         more.pop("quant_method", None)
         self.quant_method: Any = METHOD
@@ -85,7 +90,7 @@ class PeFxQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any) -> None:
         """Ties a model without values by the plan of the folder that it is loaded from."""
         plan = self.quantization_config.made_plan
         if plan is not None and self.pre_quantized:
@@ -96,9 +101,9 @@ class PeFxQuantizer(HfQuantizer):  # type: ignore[misc]
             told = {rf"(^|\.){re.escape(tie.target.removeprefix(prefix))}$" for tie in plan.ties} | {f"{re.escape(TOLD)}$"}
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *told}
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
         """Ties a model that was loaded dense. It is none that is quantized: it converts, moves and trains as before."""
-        model.is_quantized = False  # type: ignore[assignment]
+        model.is_quantized = False
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
@@ -106,8 +111,8 @@ class PeFxQuantizer(HfQuantizer):  # type: ignore[misc]
             away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
             if away is not None:
                 raise pe_fx.PeFxError(
-                    f"{name_of(model)} is loaded with {away} offloaded: nothing can be tied to it. Load it without device_map or with one "
-                    "that has room, tie it and save it; the tied folder loads with any device_map"
+                    f"{type(model).__name__} is loaded with {away} offloaded: nothing can be tied to it. Load it without device_map or with "
+                    "one that has room, tie it and save it; the tied folder loads with any device_map"
                 )
             config = self.quantization_config
             plan = config.made_plan
@@ -128,7 +133,8 @@ class PeFxQuantizer(HfQuantizer):  # type: ignore[misc]
         return {**model.state_dict(), **empty, f"{first} {TOLD}": empty[first].clone()}, {PLAN: plan.to_json()}
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
-        return pe_fx.untie(model)
+        dense: nn.Module = pe_fx.untie(model)
+        return dense
 
 
 def attach(model: nn.Module, quantizer: PeFxQuantizer | None = None) -> None:
@@ -161,7 +167,3 @@ def refuse_dense(plan: pe_fx.Plan, files: Sequence[str]) -> None:
                             f"{path} holds a dense {name}, which is tied in the plan of its config.json: take `quantization_config` out of "
                             "config.json to load it dense"
                         )
-
-
-def name_of(model: nn.Module) -> str:
-    return type(model).__name__

@@ -487,3 +487,57 @@ def test_tied_deit_s_takes_at_most_053_of_the_dense_file(tmp_path: Path) -> None
         sizes.append((tmp_path / "deit.safetensors").stat().st_size)
         assert 0 <= sizes[-1] - sum(value.nbytes for value in model.state_dict().values()) < 100_000
     assert sizes[1] <= 0.53 * sizes[0]
+
+
+class Tower(nn.Module):
+    """Two names for one matrix, and a buffer that no file has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.up, self.down = nn.Linear(4, 16), nn.Linear(16, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+        self.down.bias.requires_grad_(False)
+        self.register_buffer("scale", torch.tensor([2.0]), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) * self.scale
+        y: Tensor = self.head(x + self.down(self.up(x).relu()))
+        return y
+
+
+@pytest.mark.parametrize("mix", ["none", "signed"])
+def test_built_without_values(tmp_path: Path, mix: str) -> None:
+    """What builds the model in place of the model: no weight of it ever has memory, but those of the file."""
+    tokens = torch.arange(7)[None]
+    tied = pe_fx.transform(Tower(), tokens, mix=mix)
+    checkpoint.save(tied, tmp_path / "tied.safetensors")
+    built: list[Tower] = []
+
+    def build() -> Tower:
+        built.append(Tower())
+        assert all(parameter.is_meta for parameter in built[-1].parameters())
+        return built[-1]
+
+    loaded = checkpoint.load(tmp_path / "tied.safetensors", build)
+    assert loaded is built[0]
+    assert torch.equal(loaded(tokens), tied(tokens))
+    assert loaded.head.weight is loaded.embedding.weight
+    assert [parameter.requires_grad for parameter in loaded.parameters()] == [parameter.requires_grad for parameter in tied.parameters()]
+    loaded(tokens).sum().backward()
+    assert loaded.up.weight.grad is not None
+    assert not any(parameter.is_meta for parameter in Tower().parameters())  # what is built afterwards has values
+
+
+def test_built_without_values_in_its_own_dtype(tmp_path: Path) -> None:
+    checkpoint.save(Tower().to(torch.float64), tmp_path / "dense.safetensors")
+    loaded = checkpoint.load(tmp_path / "dense.safetensors", Tower)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
+def test_what_is_built_must_fit(tmp_path: Path) -> None:
+    checkpoint.save(nn.Linear(4, 4), tmp_path / "other.safetensors")
+    with pytest.raises(PeFxError, match="does not fit this Tower"):
+        checkpoint.load(tmp_path / "other.safetensors", Tower)
+    assert not any(parameter.is_meta for parameter in Tower().parameters())

@@ -192,7 +192,7 @@ def test_by_a_plan_made_before(tmp_path: Path) -> None:
     [
         ({"mix": "other"}, "mix='other' is unknown"),
         ({"init": "other"}, "init='other' is unknown"),
-        ({"mixed": True}, "'mixed' is unknown"),
+        ({"mixed": True}, "the option='mixed' is unknown"),
         ({"rules": [object()]}, "rules"),
     ],
 )
