@@ -25,8 +25,8 @@ name of its own in the state_dict; every other name stays, and so do the model's
 
 What cannot be done raises `PeFxError` (`CaptureError`: no graph) and leaves the model as it was; `NoSitesWarning`: nothing to tie.
 By their own names are imported: `pe_fx.checkpoint` (files), `pe_fx.distributed` (FSDP2, tensor parallel), `pe_fx.timm` (tied twins of
-timm's models), `pe_fx.transformers` (save_pretrained and from_pretrained), `pe_fx.peft`, `pe_fx.diff` (what changed, as a tree or a page) and `pe_fx.passes` (the
-rules). The command `pe-fx` shows plans and differences.
+timm's models), `pe_fx.transformers` (`from_pretrained`, `save_pretrained`), `pe_fx.peft`, `pe_fx.diff` (what changed, as a tree or a page)
+and `pe_fx.passes` (the rules). The command `pe-fx` shows plans and differences.
 
 Source: O. C. Koyun, B. U. Töreyin, arXiv 2401.16438.
 """

@@ -101,7 +101,7 @@ class PeFxQuantizer(HfQuantizer):  # type: ignore[misc]
             told = {rf"(^|\.){re.escape(tie.target.removeprefix(prefix))}$" for tie in plan.ties} | {f"{re.escape(TOLD)}$"}
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *told}
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Ties a model that was loaded dense. It is none that is quantized: it converts, moves and trains as before."""
         model.is_quantized = False
         for module in model.modules():
@@ -111,8 +111,8 @@ class PeFxQuantizer(HfQuantizer):  # type: ignore[misc]
             away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
             if away is not None:
                 raise pe_fx.PeFxError(
-                    f"{type(model).__name__} is loaded with {away} offloaded: nothing can be tied to it. Load it without device_map or with "
-                    "one that has room, tie it and save it; the tied folder loads with any device_map"
+                    f"{type(model).__name__} is loaded with {away} offloaded: nothing can be tied to it. Load it without device_map or "
+                    "with one that has room, tie it and save it; the tied folder loads with any device_map"
                 )
             config = self.quantization_config
             plan = config.made_plan
@@ -132,9 +132,8 @@ class PeFxQuantizer(HfQuantizer):  # type: ignore[misc]
         first = next(iter(empty))
         return {**model.state_dict(), **empty, f"{first} {TOLD}": empty[first].clone()}, {PLAN: plan.to_json()}
 
-    def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
-        dense: nn.Module = pe_fx.untie(model)
-        return dense
+    def _dequantize(self, model: Any, dtype: Any = None) -> nn.Module:
+        return pe_fx.untie(model)
 
 
 def attach(model: nn.Module, quantizer: PeFxQuantizer | None = None) -> None:

@@ -18,8 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import pe_fx
-from pe_fx import PeFxError, Plan
-from pe_fx import TiePass
+from pe_fx import PeFxError, Plan, TiePass
 from pe_fx.passes import DEFAULT_RULES
 
 X = torch.randn(2, 5, 8)
