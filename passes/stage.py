@@ -89,7 +89,9 @@ def share_stages(
     The root of a stage is its first matrix of full shape in dataflow order: an entry block's last weight, else the source of
     the first site. Source: arXiv 2401.16438, stage-level sharing of ResNet blocks.
     """
-    result, left = list(sites), list(misses)
+    result = list(sites)
+    untied = {(site.kind, name) for site in result if not is_tied(site) for name in site.weights}
+    left = [miss for miss in misses if not untied.issuperset((miss.kind, name) for name in miss.weights)]  # they ask for other shapes
     for kind, size in sizes.items():
         entries = {pair: _treated(flow, pair, entry, forbidden) for pair in entry_pairs(flow)} if kind == "bottleneck" else {}
         entries = {pair: treated for pair, treated in entries.items() if wanted(treated) and is_tied(treated)}
@@ -107,8 +109,7 @@ def share_stages(
                 else:
                     left.append(treated)
         result = [replaced.get(site, site) for site in result if site.kind != kind or is_tied(site) or site in replaced]
-        shared = {name for site in replaced.values() for tie in site.ties for name in (tie.source, tie.target)}
-        left = [miss for miss in left if is_tied(miss) or not shared.issuperset(miss.weights)] + ends
+        left += ends
     return [site for site in result if site.ties], left
 
 

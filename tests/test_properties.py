@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pe_fx
-from pe_fx.api import KINDS
+from pe_fx.api import KINDS, Share
 from pe_fx.passes.variants import MIXES
 from pe_fx.tied.rewrite_modules import INITS
 
@@ -529,12 +529,14 @@ def test_random_networks(part: int) -> None:
         network=networks,
         rules=st.one_of(st.just(KINDS), st.lists(st.sampled_from(KINDS), min_size=1, unique=True)),
         exclude=st.one_of(st.none(), st.none(), st.integers(0, 3)),
-        share=st.lists(st.sampled_from(KINDS), unique=True),
+        share=st.dictionaries(st.sampled_from(KINDS), st.sampled_from((2, 2, 3, "all"))),
         mix=st.sampled_from(MIXES),
         gain=st.booleans(),
         init=st.sampled_from(("keep", "keep", *INITS)),
     )
-    def check(network: Network, rules: Sequence[str], exclude: int | None, share: Sequence[str], mix: str, gain: bool, init: str) -> None:
+    def check(
+        network: Network, rules: Sequence[str], exclude: int | None, share: dict[str, int | str], mix: str, gain: bool, init: str
+    ) -> None:
         torch.manual_seed(0)
         model = network.build().double()
         before = copy.deepcopy(model.state_dict())
@@ -545,7 +547,9 @@ def test_random_networks(part: int) -> None:
         left_out = None if exclude is None else [f"{exclude}.*"]
         plan = pe_fx.plan(model, inputs, rules=rules, exclude=left_out, share=share, mix=mix, gain=gain)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-        assert {(site.kind, frozenset(site.weights)) for site in plan.sites} == network.sites(rules, exclude), f"{plan}\n{plan.explain()}"
+        tied = {(site.kind, frozenset(site.weights)) for site in plan.sites if site.kind in rules}
+        assert tied == network.sites(rules, exclude), f"{plan}\n{plan.explain()}"
+        assert {site.kind for site in plan.sites} <= {*rules, *share}
         assert pe_fx.Plan.from_json(plan.to_json()) == plan
 
         result = pe_fx.apply(model, plan, init=init)
