@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pe_fx
-from pe_fx.api import KINDS, Share
+from pe_fx.api import KINDS
 from pe_fx.passes.variants import MIXES
 from pe_fx.tied.rewrite_modules import INITS
 
@@ -562,5 +562,33 @@ def test_random_networks(part: int) -> None:
             expected = result(*inputs)
             torch.manual_seed(0)
             torch.testing.assert_close(dense(*inputs), expected)
+
+    check()
+
+
+def test_random_stages() -> None:
+    """Blocks of one kind in a row, whose matrices they share, tied or not."""
+    rule_lists = st.one_of(st.just([]), st.lists(st.sampled_from(KINDS), unique=True))
+
+    @seed(0)
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate])
+    @given(
+        spec=st.one_of(chains, gates, attentions, joints, parallels(), experts),
+        count=st.integers(2, 5),
+        rules=rule_lists,
+        share=st.dictionaries(st.sampled_from(KINDS), st.sampled_from((2, 2, 3, "all")), min_size=3),
+        mix=st.sampled_from(MIXES),
+    )
+    def check(spec: Spec, count: int, rules: Sequence[str], share: dict[str, int | str], mix: str) -> None:
+        torch.manual_seed(0)
+        model = Network((spec,) * count, (0,) * count, False).build().double()
+        x, condition = (torch.randn(2, TOKENS, width, dtype=torch.float64) for width in (WIDTH, CONDITION))
+        inputs = (x, torch.ones_like(x[..., :1]), condition, torch.arange(TOKENS).to(x))
+        plan = pe_fx.plan(model, inputs, rules=rules, share=share, mix=mix)
+        tied = pe_fx.apply(model, plan)
+        assert sum(parameter.numel() for parameter in tied.parameters()) == plan.params_after
+        if plan.sites:
+            assert_equals_twin(model, tied, plan, inputs)
+            assert not pe_fx.plan(tied, inputs, rules=rules, share=share, mix=mix).sites
 
     check()
