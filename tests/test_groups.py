@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.nn.utils import parametrize
 
 import pe_fx
 from pe_fx import PeFxError, Plan, checkpoint
+from pe_fx.graph.flow import Flow
+from pe_fx.ties import Block, Miss, Site, Tie
 
 X = torch.randn(2, 3, 8)
 PAIRS = {"mlp": 2}
@@ -221,21 +223,53 @@ def test_sharing_takes_no_rows_that_are_tied() -> None:
     assert {site.kind for site in made.sites} == {"attention", "glu"}
 
 
-def test_keys_and_values_of_two_layers() -> None:
-    """What layers have in common already is shared once."""
+def layers(*own: int) -> nn.Module:
+    """Attentions one after another, and which keys and values each of them uses."""
 
     def forward(m: Net, x: Tensor) -> Tensor:
-        for q, k, v, proj in zip(m.q, (m.k[0], m.k[0], m.k[1], m.k[1]), (m.v[0], m.v[0], m.v[1], m.v[1]), m.proj, strict=True):
-            parts = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (q, k, v))
+        for q, i, proj in zip(m.q, own, m.proj, strict=True):
+            parts = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (q, m.k[i], m.v[i]))
             x = x + proj(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
         return x
 
-    lists = {name: nn.ModuleList(linear(8, 8) for _ in range(count)) for name, count in (("q", 4), ("k", 2), ("v", 2), ("proj", 4))}
-    net = Net(forward, **lists)
-    for share in ({"attention": 2}, {"attention": 3}, {"attention": "all"}):
-        made = pe_fx.plan(net, X, rules=(), share=share)
-        assert len(ties(made)) == len(set(ties(made))) >= 4
-        assert_equals_twin(net, pe_fx.apply(net, made), made, X)
+    counts = {"q": len(own), "k": max(own) + 1, "v": max(own) + 1, "proj": len(own)}
+    return Net(forward, **{name: nn.ModuleList(linear(8, 8) for _ in range(count)) for name, count in counts.items()})
+
+
+@pytest.mark.parametrize("share", [{"attention": 2}, {"attention": 3}, {"attention": "all"}], ids=str)
+def test_keys_and_values_that_layers_have_in_common_are_shared_once(share: Any) -> None:
+    net = layers(0, 0, 1, 1)
+    made = pe_fx.plan(net, X, rules=(), share=share)
+    assert len(ties(made)) == len(set(ties(made))) >= 4
+    assert_equals_twin(net, pe_fx.apply(net, made), made, X)
+
+
+def test_a_matrix_that_is_shared_already_is_no_source() -> None:
+    """The third layer has the keys of the second, which are those of the first now."""
+    net = layers(0, 1, 1, 2)
+    made = pe_fx.plan(net, X, rules=(), share={"attention": 2})
+    assert {tie.target for tie in made.ties} == {"q.1.weight", "k.1.weight", "v.1.weight", "proj.1.weight"}
+    assert "k.1.weight belongs to another site already" in made.explain()
+    assert_equals_twin(net, pe_fx.apply(net, made), made, X)
+
+
+class SharedQK:
+    """Keys are made by the matrix of the queries."""
+
+    kind = "shared_qk"
+
+    def match(self, flow: Flow) -> Iterator[Site | Miss]:
+        for i in (0, 1):
+            q, k = (Block.whole(f"{name}.{i}.weight", (8, 8)) for name in ("q", "k"))
+            yield Site(self.kind, "", (q.name, k.name), (Tie(into=k, of=q, transposed=False),))
+
+
+def test_what_another_rule_ties_is_not_shared() -> None:
+    net = layers(0, 1)
+    made = pe_fx.plan(net, X, rules=[SharedQK()], share={"attention": 2})
+    assert ties(made) == ["k.0.weight ← q.0.weight", "k.1.weight ← q.1.weight"]
+    assert "q.1.weight belongs to another site already" in made.explain()
+    assert_equals_twin(net, pe_fx.apply(net, made), made, X)
 
 
 # ---- what the option takes
