@@ -40,23 +40,28 @@ def find(
     rules: Iterable[Rule] = DEFAULT_RULES,
     wanted: Callable[[Site | Miss], bool] = lambda found: True,
     forbidden: Callable[[Tie], str | None] = lambda tie: None,
+    is_tied: Callable[[Site], bool] = lambda site: True,
 ) -> tuple[list[Site], list[Miss]]:
     """All sites and near misses that are `wanted`. What a tie takes belongs to one site: the first rule's, then the first in the dataflow.
 
     A site that is not wanted, and a tie that is `forbidden` (then why), are found all the same, as a step to the patterns around them,
-    and take nothing.
+    and take nothing. So does a site that is wanted, but not to be tied.
     """
     sites: list[Site] = []
     misses: list[Miss] = []
     for rule in rules:
         for found in rule.match(flow):
-            if isinstance(found, Site):
-                site, refused = tieable(found, functools.partial(_obstacle, flow, forbidden, found)) if wanted(found) else (None, [])
-                flow.claim(found, site.ties if site is not None else ())
-                sites += [site] if site is not None else []
-                misses += refused
-            else:
+            if isinstance(found, Miss):
                 misses.append(found)
+                continue
+            site: Site | None = found if wanted(found) else None
+            taken: tuple[Tie, ...] = ()
+            if site is not None and is_tied(site):
+                site, refused = tieable(found, functools.partial(_obstacle, flow, forbidden, found))
+                taken = site.ties if site is not None else ()
+                misses += refused
+            flow.claim(found, taken)
+            sites += [] if site is None else [site]
     known = {miss.weights for miss in misses}
     misses += [miss for miss in near_misses(flow) if miss.weights not in known]
     return sites, [miss for miss in misses if wanted(miss)]

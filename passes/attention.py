@@ -375,7 +375,9 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles, uses: dict[Op, set[Use
     ties = [tie for tie in ties if tie not in made]  # another attention may use the same keys and values
     made.update(ties)
     if ties:
-        yield Site(kind, common_module(roles.names), roles.names, tuple(ties))
+        site = Site(kind, common_module(roles.names), roles.names, tuple(ties))
+        flow.applied[site] = tuple(part.block for part in roles.parts)
+        yield site
     yield from misses
 
 

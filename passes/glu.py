@@ -47,7 +47,9 @@ class Glu:
             reason = _obstacle(flow, unit, uses)
             name = common_module(unit.names)
             if reason is None:
-                yield Site(self.kind, name, unit.names, (tie(unit.up.weight, unit.down, unit.up.block),))
+                site = Site(self.kind, name, unit.names, (tie(unit.up.weight, unit.down, unit.up.block),))
+                flow.applied[site] = unit.blocks
+                yield site
             else:
                 yield Miss(self.kind, name, unit.names, reason)
 

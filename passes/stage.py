@@ -1,84 +1,106 @@
-"""Stage sharing: consecutive sites of one shape use one W."""
+"""Stage sharing: consecutive sites of one shape use one W, all of them or in groups of so many, tied or as they are."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pe_fx.graph.capture import module_of
 from pe_fx.graph.flow import Flow
 from pe_fx.graph.operation import Op
 from pe_fx.graph.ops import Kind
 from pe_fx.passes.pairs import Pair, common_module, entry_pairs
-from pe_fx.ties import Block, Entry, Miss, Shape, Site, Tie
+from pe_fx.ties import Block, Entry, Miss, Site, Tie, positions
 
 ENTRIES = ("keep", "slice", "expand")
 
 _SHORTCUT = {Kind.POINTWISE, Kind.POOL, Kind.NORM, Kind.VIEW}
 
+Found = Site | Miss
+Unlike = tuple[tuple[str, ...], str]
+
 
 @dataclass(frozen=True)
 class _Block:
-    """A site, or the pair of an entry block, with the operations where it begins and ends the first time that it runs."""
+    """A site, or the pair of an entry block, with the operations where it begins and ends the first time that it runs.
+
+    `matrices` are what a site applies that is not tied.
+    """
 
     found: Site | Pair
     first: Op
     last: Op
+    matrices: tuple[Block, ...] = ()
 
     @property
-    def weights(self) -> tuple[str, ...]:
-        return self.found.weights if isinstance(self.found, Site) else self.found.names
+    def blocks(self) -> tuple[Block, ...]:
+        """What has to be alike in those that share."""
+        if isinstance(self.found, Pair):
+            return (self.found.weights[1].block,)
+        return self.matrices or tuple(block for tie in self.found.ties for block in (tie.of, tie.into))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The weights that are there to be shared."""
+        is_tied = isinstance(self.found, Site) and not self.matrices
+        return tuple(dict.fromkeys(block.name for block in self.blocks[:: 2 if is_tied else 1]))
+
+    @property
+    def form(self) -> Hashable:
+        """How the matrices lie in their weights, and how they are tied."""
+        names = [block.name for block in self.blocks]
+        if self.matrices:
+            return tuple((names.index(block.name), block.full_shape, block.ranges) for block in self.blocks)
+        return tuple(tie.transposed for tie in self.found.ties) if isinstance(self.found, Site) else None
 
 
 @dataclass
 class _Stage:
-    """Consecutive blocks of one shape; `entry` is the first one, where its input is narrower."""
+    """Consecutive blocks of one shape; `entry` is the first one, where its input is narrower. `shared` are its sites as they become."""
 
     blocks: list[_Block]
+    is_open: bool = True
+    shared: dict[Site, Site] = field(default_factory=dict)
 
     @property
     def entry(self) -> Pair | None:
         head = self.blocks[0].found
         return head if isinstance(head, Pair) else None
 
-    @property
-    def root(self) -> str:
-        """The weight that the stage shares."""
-        head = self.blocks[0]
-        return head.weights[-1] if self.entry is not None else head.weights[0]
-
-    @property
-    def sites(self) -> list[Site]:
-        return [block.found for block in self.blocks if isinstance(block.found, Site)]
-
 
 def share_stages(
     flow: Flow,
     sites: Iterable[Site],
     misses: Iterable[Miss],
-    kinds: Iterable[str],
+    sizes: Mapping[str, int | None],
     entry: str,
-    wanted: Callable[[Site | Miss], bool] = lambda found: True,
+    wanted: Callable[[Found], bool] = lambda found: True,
+    is_tied: Callable[[Found], bool] = lambda found: True,
     trait: Callable[[str], Hashable] = lambda name: None,
     forbidden: Callable[[Tie | Entry], str | None] = lambda what: None,
 ) -> tuple[list[Site], list[Miss]]:
-    """The same sites and misses, those of the given kinds sharing one matrix per stage.
+    """The same sites and misses, those of the given kinds sharing their matrices: each stage, or where there is a size, so many neighbours.
 
-    Entry blocks take part where they are `wanted` and not `forbidden` (then why); only weights of one `trait` (trained or frozen, dtype,
-    device) are shared.
+    Of sites that are not to be tied those stay that share. Entry blocks take part where they are `wanted` and not `forbidden` (then why).
+    A stage passes over weights of another `trait` (trained or frozen, dtype, device); a group of a given size ends there, as at another
+    shape, and a miss says so.
 
     The root of a stage is its first matrix of full shape in dataflow order: an entry block's last weight, else the source of
     the first site. Source: arXiv 2401.16438, stage-level sharing of ResNet blocks.
     """
-    result, left = list(sites), list(misses)
-    for kind in dict.fromkeys(kinds):
+    result = list(sites)
+    untied = {(site.kind, name) for site in result if not is_tied(site) for name in site.weights}
+    left = [miss for miss in misses if not untied.issuperset((miss.kind, name) for name in miss.weights)]  # they ask for other shapes
+    for kind, size in sizes.items():
         entries = {pair: _treated(flow, pair, entry, forbidden) for pair in entry_pairs(flow)} if kind == "bottleneck" else {}
-        entries = {pair: treated for pair, treated in entries.items() if wanted(treated)}
-        stages = _stages(flow, [site for site in result if site.kind == kind], entries, trait)
+        entries = {pair: treated for pair, treated in entries.items() if wanted(treated) and is_tied(treated)}
+        blocks = [_block(flow, site, is_tied(site)) for site in result if site.kind == kind]
+        blocks += [_Block(pair, pair.first, pair.second) for pair in entries]
+        stages, ends = _stages(flow, blocks, size, trait, forbidden)
         replaced: dict[Site, Site] = {}
         for stage in stages:
-            replaced |= _shared(stage)
+            replaced |= stage.shared
             if stage.entry is not None:
                 treated = entries[stage.entry]
                 left = [miss for miss in left if miss.weights != stage.entry.names]
@@ -86,8 +108,9 @@ def share_stages(
                     result.insert(_position(flow, result, stage.entry.first), treated)
                 else:
                     left.append(treated)
-        result = [replaced.get(site, site) for site in result]
-    return result, left
+        result = [replaced.get(site, site) for site in result if site.kind != kind or is_tied(site) or site in replaced]
+        left += ends
+    return [site for site in result if site.ties], left
 
 
 def _join(flow: Flow, first: Op, last: Op) -> Op | None:
@@ -97,84 +120,137 @@ def _join(flow: Flow, first: Op, last: Op) -> Op | None:
     return join if is_sum and not (join and flow.dominates(first, join)) else None
 
 
-def _stages(flow: Flow, sites: Iterable[Site], entries: Iterable[Pair], trait: Callable[[str], Hashable]) -> list[_Stage]:
-    blocks = [_block(flow, site) for site in sites] + [_Block(pair, pair.first, pair.second) for pair in entries]
-    blocks.sort(key=lambda block: block.first.index)
+def _stages(
+    flow: Flow,
+    blocks: list[_Block],
+    size: int | None,
+    trait: Callable[[str], Hashable],
+    forbidden: Callable[[Tie], str | None],
+) -> tuple[list[_Stage], list[Miss]]:
+    """The stages, and why groups of a given size ended before, or a block that follows could not share."""
+    blocks = sorted(blocks, key=lambda block: block.first.index)
+    traits = {block: tuple(map(trait, block.sources)) for block in blocks}
     stages: list[_Stage] = []
+    misses: list[Miss] = []
     for position, block in enumerate(blocks):
-        if isinstance(block.found, Site) and not _is_residual(flow, block.found):
+        if not _is_residual(flow, block):
             continue
-        own = trait(block.weights[0])
-        earlier = [other for other in blocks[:position] if trait(other.weights[0]) == own]
-        alike = (stage for stage in reversed(stages) if trait(stage.root) == own)
-        stage = next((stage for stage in alike if _continues(flow, stage, block, earlier)), None)
-        if stage is None:
-            stages.append(_Stage([block]))
+        earlier = [other for other in blocks[:position] if traits[other] == traits[block]]
+        for stage in reversed(stages) if isinstance(block.found, Site) else ():
+            head = stage.blocks[0]
+            unlike = _difference(head, block)
+            passes_over = size is None and (unlike is not None or traits[head] != traits[block])
+            if not stage.is_open or passes_over or not _follows(flow, stage.blocks[-1], block, earlier):
+                continue
+            ties, refused = _sharing(flow, head, block, unlike, forbidden)
+            if not refused:
+                _join_stage(flow, stage, block, ties)
+                stage.is_open = len(stage.blocks) != size
+                break
+            misses += refused
+            stage.is_open = size is None
         else:
-            stage.blocks.append(block)
-    return stages
+            stages.append(_Stage([block], size != 1))
+    return stages, misses
 
 
-def _is_residual(flow: Flow, site: Site) -> bool:
+def _is_residual(flow: Flow, block: _Block) -> bool:
     """Only blocks that add to their input are taken for alike; of other kinds than bottlenecks that is not asked."""
-    if site.kind != "bottleneck":
+    if isinstance(block.found, Pair) or block.found.kind != "bottleneck":
         return True
-    block = _block(flow, site)
     join = _join(flow, block.first, block.last)
     return join is not None and any(flow.reaches(source, block.first) for source in join.inputs)
 
 
-def _block(flow: Flow, site: Site) -> _Block:
+def _block(flow: Flow, site: Site, is_tied: bool = True) -> _Block:
     readers = [[op.index for op in flow.readers[name]] for name in site.weights]
     first = min(index for indices in readers for index in indices)
     last = max(min(index for index in indices if index >= first) for indices in readers)
-    return _Block(site, flow.ops[first], flow.ops[last])
+    applied = flow.applied.get(site) or (block for tie in site.ties for block in (tie.of, tie.into))
+    return _Block(site, flow.ops[first], flow.ops[last], () if is_tied else tuple(dict.fromkeys(applied)))
 
 
-def _continues(flow: Flow, stage: _Stage, block: _Block, earlier: list[_Block]) -> bool:
-    """Whether `block` fits the stage and comes right after it, no other block between them."""
-    last = stage.blocks[-1].last
-    if isinstance(block.found, Pair) or not _matches(stage, block.found) or not flow.reaches(last, block.first):
+def _follows(flow: Flow, last: _Block, block: _Block, earlier: list[_Block]) -> bool:
+    """Whether `block` comes right after the last one of a stage, no other block between them."""
+    if not flow.reaches(last.last, block.first):
         return False
-    between = [other for other in earlier if other.first.index > last.index]
-    return not any(flow.reaches(last, other.first) and flow.reaches(other.last, block.first) for other in between)
+    between = [other for other in earlier if other.first.index > last.last.index]
+    return not any(flow.reaches(last.last, other.first) and flow.reaches(other.last, block.first) for other in between)
 
 
-def _matches(stage: _Stage, site: Site) -> bool:
-    if stage.sites:
-        return _signature(stage.sites[0]) == _signature(site)
-    assert stage.entry is not None
-    return len(site.ties) == 1 and site.ties[0].into.shape == stage.entry.weights[1].block.shape
+def _difference(head: _Block, block: _Block) -> Unlike | None:
+    """Which of a block's matrices are not like those of a stage, and why."""
+    is_entry = isinstance(head.found, Pair)
+    own = block.blocks[1:] if is_entry else block.blocks  # the first block of a stage has the second of the two
+    for mine, leading in zip(own, head.blocks, strict=False):
+        if mine.shape != leading.shape:
+            return (leading.name, mine.name), f"{mine} is {mine.shape}, {leading} is {leading.shape}: only matrices of one shape are shared"
+    if len(own) != len(head.blocks) or not (is_entry or block.form == head.form):
+        names = head.blocks[0].name, own[0].name
+        return names, f"{names[1]} and what goes with it are not arranged as {names[0]} is: they are not shared"
+    return None
 
 
-def _signature(site: Site) -> list[tuple[Shape, Shape, bool]]:
-    return [(tie.into.shape, tie.of.shape, tie.transposed) for tie in site.ties]
-
-
-def _shared(stage: _Stage) -> dict[Site, Site]:
-    """The stage's sites, and what they are with every matrix tied to the root."""
-    if stage.entry is not None:
-        root = stage.entry.weights[1].block
-        return {site: _to_target(site, root) for site in stage.sites}
-    if len(stage.sites) < 2:
-        return {}
-    leader = stage.sites[0]
-    name = leader.ties[0].source
-    return {site: dataclasses.replace(leader, stage=name) if site is leader else _to_source(site, leader, name) for site in stage.sites}
-
-
-def _to_source(site: Site, leader: Site, stage: str) -> Site:
+def _shared_ties(flow: Flow, head: _Block, site: Site, matrices: tuple[Block, ...]) -> tuple[Tie, ...]:
+    if matrices:
+        pairs = zip(_by_weight(matrices), _by_weight(head.matrices), strict=True)
+        return tuple(Tie(own, leading, False, _sides(flow, own.name)) for own, leading in pairs if own != leading)
+    if isinstance(head.found, Pair):
+        (root,), (tie,) = head.blocks, site.ties
+        return Tie(tie.of, root, tie.transposed, tie.axes), dataclasses.replace(tie, of=root, transposed=False)
     ties: list[Tie] = []
-    for own, leading in zip(site.ties, leader.ties, strict=True):
+    for own, leading in zip(site.ties, head.found.ties, strict=True):
         ties.append(Tie(own.of, leading.of, transposed=False, axes=own.axes))
         ties.append(dataclasses.replace(own, of=leading.of))
-    return dataclasses.replace(site, ties=tuple(dict.fromkeys(ties)), stage=stage)
+    return tuple(dict.fromkeys(ties))
 
 
-def _to_target(site: Site, root: Block) -> Site:
-    (own,) = site.ties
-    ties = (Tie(own.of, root, own.transposed, own.axes), dataclasses.replace(own, of=root, transposed=False))
-    return dataclasses.replace(site, ties=ties, stage=root.name)
+def _by_weight(blocks: Iterable[Block]) -> list[Block]:
+    """For each weight one part of it, which holds all that are given."""
+    found: dict[str, Block] = {}
+    for block in blocks:
+        whole = found.setdefault(block.name, block)
+        for dim, (ranges, more) in enumerate(zip(whole.ranges, block.ranges, strict=True)):
+            whole = whole.narrowed(dim, (*positions(ranges), *positions(more)))
+        found[block.name] = whole
+    return list(found.values())
+
+
+def _sides(flow: Flow, name: str) -> tuple[int, int]:
+    """The dimensions of a weight's outputs and inputs, the first of each."""
+    weight = next(op.weight for op in flow.readers[name] if op.weight is not None and op.weight.name == name)
+    sides = (*weight.out_dims[:1], *weight.in_dims[:1])
+    return (sides[0], sides[1]) if len(set(sides)) == 2 else (0, 1)
+
+
+def _sharing(
+    flow: Flow, head: _Block, block: _Block, unlike: Unlike | None, forbidden: Callable[[Tie], str | None]
+) -> tuple[tuple[Tie, ...], list[Miss]]:
+    """The ties of a block that uses the matrices of a stage, and what stands against them."""
+    site = block.found
+    assert isinstance(site, Site)
+    if unlike is not None:
+        return (), [Miss(site.kind, site.name, *unlike)]
+    ties = _shared_ties(flow, head, site, block.matrices)
+    misses = []
+    for tie in ties:
+        clash = flow.clash(site, tie) if block.matrices and not flow.is_made(tie) else None
+        if (reason := forbidden(tie) or clash) is not None:
+            misses.append(Miss(site.kind, site.name, (tie.source, tie.target), reason))
+    return ties, misses
+
+
+def _join_stage(flow: Flow, stage: _Stage, block: _Block, ties: tuple[Tie, ...]) -> None:
+    head, site = stage.blocks[0], block.found
+    assert isinstance(site, Site)
+    name = head.blocks[0].name
+    if block.matrices:
+        ties = tuple(tie for tie in ties if not flow.is_made(tie))  # another site may have the same weights
+        flow.claim(dataclasses.replace(site, ties=ties), ties)
+    elif isinstance(head.found, Site):
+        stage.shared[head.found] = dataclasses.replace(head.found, stage=name)
+    stage.shared[site] = dataclasses.replace(site, ties=ties, stage=name)
+    stage.blocks.append(block)
 
 
 def _treated(flow: Flow, pair: Pair, treatment: str, forbidden: Callable[[Tie | Entry], str | None]) -> Site | Miss:

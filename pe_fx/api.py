@@ -9,7 +9,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +23,12 @@ from pe_fx.graph.inputs import ExampleInputs
 from pe_fx.graph.ops import value_of
 from pe_fx.graph.strides import fails, outline
 from pe_fx.graph.tags import tracing
-from pe_fx.passes import DEFAULT_RULES, Rule, find, tieable
+from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.passes.variants import GAIN, MIXES, vary
 from pe_fx.tied.entry import widen_params
 from pe_fx.tied.layouts import layout_of
-from pe_fx.tied.owners import Owner, forbidden, owners_in, unfit, unfit_entry
+from pe_fx.tied.owners import ONCE, Owner, forbidden, owners_in, unfit, unfit_entry
 from pe_fx.tied.rewrite_graph import rewrite_graph
 from pe_fx.tied.rewrite_modules import INITS, rewrite_modules
 from pe_fx.tied.weight import Tied
@@ -39,13 +39,15 @@ KINDS = tuple(rule.kind for rule in DEFAULT_RULES)
 INTEGRATIONS = ("transformers",)
 """Libraries that write a model's configuration beside its weights: where one is in use, it is told of a tied model."""
 
+Share = Sequence[str] | Mapping[str, int | str | None]
+
 
 def plan(
     model: nn.Module,
     example_inputs: ExampleInputs | Captured | None = None,
     *,
     rules: Sequence[str | Rule] = DEFAULT_RULES,
-    share: Sequence[str] = ("bottleneck",),
+    share: Share | None = None,
     entry: str = "keep",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -63,25 +65,29 @@ def plan(
     Raises `PeFxError` for wrong options and `CaptureError` where the model's graph cannot be captured.
     """
     chosen = _checked_rules(rules)
+    tied = {rule.kind for rule in chosen}
+    share = [kind for kind in ("bottleneck",) if kind in tied] if share is None else share
     options = _checked_options(share=share, entry=entry, include=include, exclude=exclude, mix=mix, gain=gain)
+    sizes = {kind: size if isinstance(size, int) else None for kind, size in options["share"].items()}
     captured = example_inputs if isinstance(example_inputs, Captured) else capture(model, example_inputs)
     owners = owners_in(model)
     captured = canonical(captured, owners)
-    kinds = {rule.kind for rule in chosen}
+
+    def is_tied(found: Site | Miss) -> bool:
+        return found.kind in tied
 
     def wanted(found: Site | Miss) -> bool:
-        return found.kind in kinds and _selected(found, include, exclude)
+        return (is_tied(found) or found.kind in sizes) and _selected(found, include, exclude)
 
     custom = [rule for rule in chosen if rule not in DEFAULT_RULES]
     with tracing():
         flow = Flow(captured)
         owners = {name: Owner(value_of(node), name) for node, name in captured.weights.items()} | owners
         against = functools.partial(_against, owners, dict(model.named_modules(remove_duplicate=False)))
-        sites, misses = find(flow, (*custom, *DEFAULT_RULES), wanted, against)
-        sites, misses = share_stages(flow, sites, misses, share, entry, wanted, functools.partial(_trait, owners), against)
-    judged = [tieable(site, against) for site in sites]  # stages have other ties
-    sites = _laid_out(vary((site for site, _ in judged if site is not None), mix, options["gain"]), captured)
-    misses += [miss for _, refused in judged for miss in refused]
+        sites, misses = find(flow, (*custom, *DEFAULT_RULES), wanted, against, is_tied)
+        apart = functools.partial(_apart, owners, against)
+        sites, misses = share_stages(flow, sites, misses, sizes, entry, wanted, is_tied, functools.partial(_trait, owners), apart)
+    sites = _laid_out(vary(sites, mix, options["gain"]), captured)
     shapes = captured.shapes() | {owner.name: tuple(owner.parameter.shape) for owner in owners.values()}
     made = plan_of(sites, shapes, list(dict.fromkeys(misses)), {"rules": tuple(rule.kind for rule in chosen)} | options)
     return replace(made, capture=captured.how)
@@ -111,7 +117,7 @@ def transform(
     example_inputs: ExampleInputs | None = None,
     *,
     rules: Sequence[str | Rule] = DEFAULT_RULES,
-    share: Sequence[str] = ("bottleneck",),
+    share: Share | None = None,
     entry: str = "keep",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -136,7 +142,9 @@ def transform(
             takes, from configurations such as timm's `pretrained_cfg` and transformers' `config`, or the first layer's shape. Only
             shapes and dtypes matter, but where values decide in a model that is captured by a run.
         rules: kinds ("mlp", "glu", "attention", "bottleneck", "squeeze_excite") or rule objects; see `pe_fx.passes`.
-        share: the kinds whose consecutive sites of one shape share one matrix; () for none.
+        share: the kinds whose sites share their matrices with neighbours of one shape, in the order of the data flow: ("mlp",) all in a
+            row, {"mlp": 2} in groups of two, the last of which may be smaller; () for none. Kinds that are not among `rules` share
+            all matrices of a site without being tied. By default bottlenecks share, where they are tied.
         entry: how the first block of a stage, whose input is narrower, takes part in it. "keep": its first convolution and
             its shortcut stay. "slice": the convolution uses the first columns of W, the shortcut pads with zeros. "expand":
             a depthwise convolution widens the input, so that W fits.
@@ -196,12 +204,13 @@ def apply(model: nn.Module, plan: Plan, *, init: str = "keep", inplace: bool = F
 def _call_of_plan(has_inputs: bool, options: Mapping[str, Any]) -> str:
     """The call that makes the same plan. What has no plain form goes by the name of its parameter.
 
-    >>> _call_of_plan(True, {"rules": ["mlp", object()], "include": ["layer3.*"], "share": ("bottleneck",)})
+    >>> _call_of_plan(True, {"rules": ["mlp", object()], "include": ["layer3.*"], "share": None})
     "pe_fx.plan(model, example_inputs, rules=rules, include=['layer3.*'])"
     """
 
     def is_plain(value: object) -> bool:
-        return all(map(is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, (str, int, float))
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return all(map(is_plain, parts)) if isinstance(parts, (list, tuple)) else parts is None or isinstance(parts, (str, int, float))
 
     defaults = {name: repr(parameter.default) for name, parameter in inspect.signature(plan).parameters.items()}
     given = [f"{name}={repr(value) if is_plain(value) else name}" for name, value in options.items() if repr(value) != defaults[name]]
@@ -223,7 +232,7 @@ def checked(init: str, options: Mapping[str, Any]) -> None:
     given = {name: parameter.default for name, parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
     for name in options:
         check_one_of("the option", name, list(given))
-    given |= options
+    given |= {"share": ()} | dict(options)
     _checked_rules(given.pop("rules"))
     _checked_options(**given)
 
@@ -242,27 +251,35 @@ def _checked_rules(rules: Sequence[str | Rule]) -> tuple[Rule, ...]:
 
 
 def _checked_options(
-    *, share: Sequence[str], entry: str, include: Sequence[str] | None, exclude: Sequence[str] | None, mix: str, gain: bool | float | None
+    *, share: Share, entry: str, include: Sequence[str] | None, exclude: Sequence[str] | None, mix: str, gain: bool | float | None
 ) -> dict[str, Any]:
     check_one_of("entry", entry, ENTRIES)
     check_one_of("mix", mix, MIXES)
     if gain is not None and not (isinstance(gain, (bool, int, float)) and math.isfinite(gain)):
         raise PeFxError(f"gain={gain!r} must be True, False or the number at which the learned factors start")
-    if isinstance(share, str):
-        raise PeFxError(f"share={share!r} must be a tuple of kinds: share=({share!r},)")
-    for kind in share:
-        check_one_of("share", kind, KINDS)
     for option, globs in (("include", include), ("exclude", exclude)):
         if isinstance(globs, str):
             raise PeFxError(f"{option}={globs!r} must be a list of globs: {option}=[{globs!r}]")
     return {
-        "share": tuple(share),
+        "share": _checked_share(share),
         "entry": entry,
         "include": None if include is None else tuple(include),
         "exclude": None if exclude is None else tuple(exclude),
         "mix": mix,
         "gain": GAIN if gain is True else None if gain is False else gain,
     }
+
+
+def _checked_share(share: Share) -> dict[str, int | str]:
+    """For each kind how many neighbours share, or "all"."""
+    if isinstance(share, str):
+        raise PeFxError(f"share={share!r} must be a tuple of kinds: share=({share!r},), or have a size for each: share={{{share!r}: 2}}")
+    sizes = share if isinstance(share, Mapping) else dict.fromkeys(share)
+    for kind, size in sizes.items():
+        check_one_of("share", kind, KINDS)
+        if size not in (None, "all") and not (type(size) is int and size > 0):
+            raise PeFxError(f"share={{{kind!r}: {size!r}}}: {size!r} is no number of neighbours; give 2 or more, or 'all'")
+    return {kind: "all" if size is None else size for kind, size in sizes.items()}
 
 
 def canonical(captured: Captured, owners: Mapping[str, Owner]) -> Captured:
@@ -289,6 +306,13 @@ def _trait(owners: Mapping[str, Owner], name: str) -> tuple[object, ...] | None:
 def _against(owners: Mapping[str, Owner], modules: Mapping[str, nn.Module], what: Tie | Entry) -> str | None:
     """Why the weights and modules themselves forbid a tie or the treatment of an entry block."""
     return forbidden(what, owners) if isinstance(what, Tie) else unfit_entry(what, modules)
+
+
+def _apart(owners: Mapping[str, Owner], against: Callable[[Tie | Entry], str | None], what: Tie | Entry) -> str | None:
+    """Why a block cannot use the matrix of another: a group that is there already is not made larger."""
+    if isinstance(what, Tie) and not what.transposed and what.source in owners and (other := owners[what.source].read_by):
+        return f"{what.source} is the source of {other}, by an earlier transform: {ONCE}"
+    return against(what)
 
 
 def _laid_out(sites: Iterable[Site], captured: Captured) -> list[Site]:

@@ -29,6 +29,16 @@ def _in_json(character: str) -> str:
     return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else json.dumps(character)[1:-1]
 
 
+def sizes_in(text: str) -> dict[str, int | str]:
+    """Names with commas, some with a number, as the option `share` is written where there is only text.
+
+    >>> sizes_in("mlp=2, attention"), sizes_in("none")
+    ({'mlp': 2, 'attention': 'all'}, {})
+    """
+    parts = [part.strip().partition("=") for part in text.split(",") if part.strip() not in ("", "none")]
+    return {name: int(size) if size.isdecimal() else size or "all" for name, _, size in parts}
+
+
 def legible(value: T) -> T:
     r"""A dataclass, or a container, with all its texts `printable`. Other texts stay other ones: a backslash becomes two.
 

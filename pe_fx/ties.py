@@ -293,7 +293,7 @@ class Entry:
 class Site:
     """A matched pattern: `kind`, the enclosing module's `name`, its `weights` in dataflow order, and their `ties`.
 
-    `stage` names the weight that it shares with its neighbours, `entry` how a first block takes part in that; `saved` is the
+    `stage` names the first weight that it shares with its neighbours, `entry` how a first block takes part in that; `saved` is the
     number of parameters that go.
     """
 

@@ -27,6 +27,7 @@ except ImportError as error:
     raise ImportError(f"pe_fx.timm needs timm ({error}): pip install 'pe_fx[timm]'") from error
 
 import pe_fx
+from pe_fx.text import sizes_in
 from pe_fx.tied.held import held_plan
 from pe_fx.tied.weight import tied_weights_in
 
@@ -35,7 +36,7 @@ __all__ = ["register"]
 OPTIONS = tuple(
     name for name, parameter in inspect.signature(pe_fx.transform).parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY
 )
-LISTS = ("rules", "share", "include", "exclude")
+LISTS = ("rules", "include", "exclude")
 
 PAPER: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_pe_small": ("deit_small_patch16_224", {}),
@@ -57,7 +58,7 @@ def register(dense: str, twin: str | None = None, **options: Any) -> None:
 
     `timm.create_model(twin, ...)` takes the arguments of the dense model and the options of `pe_fx.transform`, of which `options`
     gives other defaults. Nothing is built before that. Lists of names may be written with commas, as on a command line:
-    `include="layer3.*,layer4.*"`.
+    `include="layer3.*,layer4.*"`, `share="mlp=2,attention"`.
 
     With `pretrained=True` the dense weights are loaded, then tied as `init` says; from a folder or a repository of the hub that
     holds a tied model, the tied ones. A checkpoint of the dense model that is loaded into the twin is tied, too.
@@ -87,6 +88,8 @@ def _entrypoint(dense: str, twin: str, defaults: Mapping[str, Any]) -> Callable[
 
 
 def _listed(name: str, value: Any) -> Any:
+    if name == "share" and isinstance(value, str):
+        return sizes_in(value)
     return tuple(filter(None, value.split(","))) if name in LISTS and isinstance(value, str) else value
 
 

@@ -110,6 +110,7 @@ def cases() -> dict[str, Case]:
     }
     dense = Case(mlp().double(), Plan(), torch.randn(4, 4, dtype=torch.float64))
     tied = {"vit": case(vit(), IMAGES), "gpt2": case(text(), TOKENS), "attention": case(Separate(), WORDS), "apart": apart()}
+    tied["pairs"] = case(nn.Sequential(*(Separate() for _ in range(3))), WORDS, rules=["attention"], share={"attention": 2, "glu": 2})
     return tied | stages | signed | {"dense": dense, "dense vit": Case(vit().double(), Plan(), IMAGES.double())}
 
 
@@ -127,6 +128,7 @@ WAYS += [(world, ranks.tensor_parallel, name, False) for world in (2, 4) for nam
 WAYS += [(4, ranks.two_dimensional, name, False) for name in ("vit", "gpt2")]
 WAYS += [(2, way, name, True) for way in (ranks.ddp, ranks.fsdp, ranks.tensor_parallel) for name in ("vit", "gpt2")]
 WAYS += [(2, ranks.fsdp, "resnet, expand", True)]
+WAYS += [(2, way, "pairs", False) for way in (ranks.ddp, ranks.fsdp, ranks.tensor_parallel)]
 WAYS += [(2, way, "vit, signed", False) for way in (ranks.ddp, ranks.fsdp, ranks.tensor_parallel)]
 WAYS += [(2, ranks.tensor_parallel, "attention, signed", False), (2, ranks.fsdp, "resnet, expand, signed", False)]
 """How many processes, how, which model, whether with activation checkpointing."""
@@ -258,6 +260,13 @@ def test_blocks_that_share_a_matrix_are_one_unit() -> None:
     assert names(net) == [["blocks.0"], ["blocks.1"], ["blocks.2", "blocks.3"]]
 
 
+def test_groups_are_units() -> None:
+    blocks = [mlp() for _ in range(5)]
+    for rules in (["mlp"], ()):
+        net = pe_fx.transform(Net(*blocks), torch.randn(2, 4), rules=rules, share={"mlp": 2})
+        assert names(net) == [["blocks.0", "blocks.1"], ["blocks.2", "blocks.3"], ["blocks.4"]]
+
+
 def test_stages_of_a_resnet_are_units(cases: dict[str, Case]) -> None:
     stages = [["layer1.0", "layer1.1"], ["layer2.0", "layer2.1"]]
     assert names(cases["resnet, keep"].model) == [*stages, ["layer3.0"], ["layer4.0"]]
@@ -321,6 +330,10 @@ def test_mlps_are_parallel() -> None:
 def test_layers_that_share_a_matrix_have_the_same_roles() -> None:
     found = styles(Net(mlp(), mlp()), torch.randn(2, 4), share=["mlp"])
     assert found == {f"blocks.{i}.{layer}": style for i in (0, 1) for layer, style in ((0, "TiedColwise(0)"), (2, "TiedRowwise()"))}
+
+
+def test_what_is_shared_without_being_tied_is_replicated() -> None:
+    assert styles(Net(mlp(), mlp()), torch.randn(2, 4), rules=(), share=["mlp"]) == {}
 
 
 def test_a_norm_between_the_layers_keeps_an_mlp_replicated() -> None:

@@ -461,6 +461,9 @@ def test_sharing_pass() -> None:
     assert "1.body.0.weight" in alone.state_dict()
     assert "1.body.0.weight" not in shared.state_dict()
     assert pe_fx.verify(shared, IMAGE)
+    pairs = symbolic(nn.Sequential(*(Residual() for _ in range(3))), IMAGE)
+    TiePass([], IMAGE, share={"bottleneck": 2})(pairs)
+    assert [name for name in pairs.state_dict() if name.endswith("body.0.weight")] == ["0.body.0.weight", "2.body.0.weight"]
 
 
 def test_wrong_rule_in_a_pass() -> None:

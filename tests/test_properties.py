@@ -530,12 +530,14 @@ def test_random_networks(part: int) -> None:
         network=networks,
         rules=st.one_of(st.just(KINDS), st.lists(st.sampled_from(KINDS), min_size=1, unique=True)),
         exclude=st.one_of(st.none(), st.none(), st.integers(0, 3)),
-        share=st.lists(st.sampled_from(KINDS), unique=True),
+        share=st.dictionaries(st.sampled_from(KINDS), st.sampled_from((2, 2, 3, "all"))),
         mix=st.sampled_from(MIXES),
         gain=st.booleans(),
         init=st.sampled_from(("keep", "keep", *INITS)),
     )
-    def check(network: Network, rules: Sequence[str], exclude: int | None, share: Sequence[str], mix: str, gain: bool, init: str) -> None:
+    def check(
+        network: Network, rules: Sequence[str], exclude: int | None, share: dict[str, int | str], mix: str, gain: bool, init: str
+    ) -> None:
         torch.manual_seed(0)
         model = network.build().double()
         before = copy.deepcopy(model.state_dict())
@@ -546,7 +548,9 @@ def test_random_networks(part: int) -> None:
         left_out = None if exclude is None else [f"{exclude}.*"]
         plan = pe_fx.plan(model, inputs, rules=rules, exclude=left_out, share=share, mix=mix, gain=gain)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-        assert {(site.kind, frozenset(site.weights)) for site in plan.sites} == network.sites(rules, exclude), f"{plan}\n{plan.explain()}"
+        tied = {(site.kind, frozenset(site.weights)) for site in plan.sites if site.kind in rules}
+        assert tied == network.sites(rules, exclude), f"{plan}\n{plan.explain()}"
+        assert {site.kind for site in plan.sites} <= {*rules, *share}
         assert pe_fx.Plan.from_json(plan.to_json()) == plan
 
         result = pe_fx.apply(model, plan, init=init)
@@ -559,5 +563,33 @@ def test_random_networks(part: int) -> None:
             expected = result(*inputs)
             torch.manual_seed(0)
             torch.testing.assert_close(dense(*inputs), expected)
+
+    check()
+
+
+def test_random_stages() -> None:
+    """Blocks of one kind in a row, whose matrices they share, tied or not."""
+    rule_lists = st.one_of(st.just([]), st.lists(st.sampled_from(KINDS), unique=True))
+
+    @seed(0)
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate])
+    @given(
+        spec=st.one_of(chains, gates, attentions, joints, parallels(), experts),
+        count=st.integers(2, 5),
+        rules=rule_lists,
+        share=st.dictionaries(st.sampled_from(KINDS), st.sampled_from((2, 2, 3, "all")), min_size=3),
+        mix=st.sampled_from(MIXES),
+    )
+    def check(spec: Spec, count: int, rules: Sequence[str], share: dict[str, int | str], mix: str) -> None:
+        torch.manual_seed(0)
+        model = Network((spec,) * count, (0,) * count, False).build().double()
+        x, condition = (torch.randn(2, TOKENS, width, dtype=torch.float64) for width in (WIDTH, CONDITION))
+        inputs = (x, torch.ones_like(x[..., :1]), condition, torch.arange(TOKENS).to(x))
+        plan = pe_fx.plan(model, inputs, rules=rules, share=share, mix=mix)
+        tied = pe_fx.apply(model, plan)
+        assert sum(parameter.numel() for parameter in tied.parameters()) == plan.params_after
+        if plan.sites:
+            assert_equals_twin(model, tied, plan, inputs)
+            assert not pe_fx.plan(tied, inputs, rules=rules, share=share, mix=mix).sites
 
     check()

@@ -119,6 +119,7 @@ def test_options_of_transform_are_options_of_create_model() -> None:
     assert tied_names(vit()) == TIED_AWAY | {f"blocks.{i}.attn.qkv.weight" for i in (0, 1)}
     assert tied_names(vit(rules="mlp")) == {f"blocks.{i}.mlp.fc2.weight" for i in (0, 1)}
     assert tied_names(vit(rules="mlp,attention", exclude="blocks.0.*,*.qkv.*")) == {"blocks.1.mlp.fc2.weight"}
+    assert tied_names(vit(rules="", share="mlp=2")) == {f"blocks.1.mlp.{name}.weight" for name in ("fc1", "fc2")}
     shared = resnet()
     assert count(resnet(share=())) > count(shared) > count(resnet(entry="slice"))
     with pytest.raises(pe_fx.PeFxError, match="entry='wide' is unknown"):

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from pe_fx.cli.forms import CODE, FORMS, KINDS
 from pe_fx.errors import PeFxError
+from pe_fx.text import sizes_in
 
 COLORS = {"auto": None, "always": True, "never": False}
 
@@ -46,11 +47,17 @@ class Ties:
     """What is tied: options of `pe_fx.plan`, or a plan made before, which brings its own."""
 
     rules: Annotated[
-        str | None, typer.Option("--rules", metavar="KINDS", help=f"Kinds of sites, with commas: {', '.join(KINDS)}. All by default.")
+        str | None,
+        typer.Option("--rules", metavar="KINDS", help=f"Kinds of sites, with commas: {', '.join(KINDS)}, or none. All by default."),
     ] = None
     share: Annotated[
         str | None,
-        typer.Option("--share", metavar="KINDS", help="Kinds whose sites share one matrix per stage, or none; bottleneck by default."),
+        typer.Option(
+            "--share",
+            metavar="KINDS",
+            help="Kinds whose neighbouring sites share their matrices, all of them or, as mlp=2, in groups; or none. A kind that is not "
+            "among the rules is shared without being tied. By default bottleneck, where it is tied.",
+        ),
     ] = None
     entry: Annotated[
         str | None, typer.Option("--entry", metavar="HOW", help="The first block of a stage: keep, slice or expand; keep by default.")
@@ -73,7 +80,7 @@ class Ties:
     def options(self) -> dict[str, Any]:
         """As `pe_fx.plan` takes them, as far as they are given."""
         given = {name: value for name, value in vars(self).items() if value is not None and name != "plan"}
-        given |= {name: _kinds(given[name]) for name in ("rules", "share") if name in given}
+        given |= {name: read(given[name]) for name, read in (("rules", _kinds), ("share", sizes_in)) if name in given}
         if self.plan is not None:
             refuse("--plan has its options in it", given)
         return given

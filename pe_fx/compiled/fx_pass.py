@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from pe_fx.api import apply, plan
+from pe_fx.api import Share, apply, plan
 from pe_fx.graph.inputs import ExampleInputs
 from pe_fx.passes import DEFAULT_RULES, Rule
 
@@ -25,9 +25,7 @@ class TiePass(PassBase):
     needed where they cannot be derived. Raises `PeFxError` as `pe_fx.plan` does.
     """
 
-    def __init__(
-        self, rules: Sequence[str | Rule] = DEFAULT_RULES, example_inputs: ExampleInputs | None = None, share: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, rules: Sequence[str | Rule] = DEFAULT_RULES, example_inputs: ExampleInputs | None = None, share: Share = ()) -> None:
         super().__init__()
         self.rules = rules
         self.example_inputs = example_inputs

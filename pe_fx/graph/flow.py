@@ -43,6 +43,7 @@ class Flow:
 
     As rules find sites, `claimed` says of each parameter which parts of it are taken, and `found` holds the ties that were found, made
     or not; `carriers` are the operations that are a step to other patterns, `spare` those among them where patterns may end all the same.
+    `applied` are the matrices of a site, where its ties do not name them all.
     """
 
     def __init__(self, captured: Captured) -> None:
@@ -50,6 +51,7 @@ class Flow:
         self.readers: dict[str, list[Op]] = {}
         self.claimed: dict[str, list[Claim]] = {}
         self.found: set[Tie] = set()
+        self.applied: dict[Site, tuple[Block, ...]] = {}
         self.carriers: set[Op] = set()
         self.spare: set[Op] = set()
         self._of_node: dict[fx.Node, Op] = {}
@@ -79,6 +81,9 @@ class Flow:
     def owner(self, block: Block) -> Site | None:
         """The site to which a part of the block belongs."""
         return next((claim.site for claim in self.claimed.get(block.name, ()) if claim.block.overlaps(block)), None)
+
+    def is_made(self, tie: Tie) -> bool:
+        return any(claim.is_target and tie in claim.site.ties for claim in self.claimed.get(tie.target, ()) if claim.block == tie.into)
 
     def clash(self, site: Site, tie: Tie) -> str | None:
         """Why a tie cannot be made beside those that are. Several sites of one kind may read the same rows, none else."""

@@ -13,7 +13,7 @@ from pe_fx.tied.weight import before_tied, tied_weights_in
 from pe_fx.ties import Entry, Tie
 
 _BEFORE = "transform the model, then trace it"
-_ONCE = "transform the model once, with all its rules (pe_fx.untie undoes one)"
+ONCE = "transform the model once, with all its rules (pe_fx.untie undoes one)"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def forbidden(tie: Tie, owners: Mapping[str, Owner]) -> str | None:
         if (reason := unfit(owner)) is not None:
             return f"{name} {reason}"
     if target.read_by:
-        return f"{tie.target} is the source of {target.read_by}, by an earlier transform: {_ONCE}"
+        return f"{tie.target} is the source of {target.read_by}, by an earlier transform: {ONCE}"
     if target.places > 1:
         return f"{tie.target} is one parameter registered in {target.places} places: tied here, it would be untied there"
     a, b = target.parameter, source.parameter
@@ -74,7 +74,7 @@ def unfit(owner: Owner) -> str | None:
     if isinstance(owner.module, nn.utils.parametrize.ParametrizationList):
         return "is parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
     if owner.left_of:
-        return f"is what an earlier transform left of {owner.left_of}: {_ONCE}"
+        return f"is what an earlier transform left of {owner.left_of}: {ONCE}"
     if isinstance(owner.module, fx.GraphModule):
         return f"is held by a GraphModule itself, which every copy rebuilds from its graph: {_BEFORE}"
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -138,9 +138,11 @@ def _initial_values(model: nn.Module, plan: Plan, init: str) -> dict[str, Tensor
     return {name: total / counts[name] for name, total in totals.items()}
 
 
-def _drawn(source: Tensor, ties: Iterable[Tie]) -> Tensor:
+def _drawn(source: Tensor, ties: Sequence[Tie]) -> Tensor:
     """Normal values that keep the scale of what the source is applied to: their standard deviation is 1 / sqrt(inputs)."""
-    inputs = max((_inputs(source, tie) for tie in ties if tie.channels is not None), default=source.numel() // source.shape[0])
+    inputs = max(
+        (_inputs(source, tie) for tie in ties if tie.channels is not None), default=source.numel() // source.shape[ties[0].axes[0]]
+    )
     return torch.randn_like(source).div(inputs**0.5)
 
 

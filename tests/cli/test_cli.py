@@ -129,6 +129,7 @@ def test_options_of_the_plan() -> None:
     assert sites("--exclude", "blocks.*") == []
     assert sites("--rules", "attention,glu") == []
     assert sites("--rules", "none") == []
+    assert len(sites("--rules", "none", "--share", "mlp=2")) == 1
     assert sites("--input", "7x4") == ["blocks.0", "blocks.1", "blocks.2"]
 
 

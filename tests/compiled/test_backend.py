@@ -450,6 +450,37 @@ def test_stages_share(unlowered: list[str]) -> None:
     assert pe_fx.pending(shared).params_after == pe_fx.plan(build(), x).params_after
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share": {"mlp": 2, "attention": 2}},
+        {"rules": (), "share": {"mlp": 2, "attention": 2}},
+        {"rules": ["mlp"], "share": {"attention": "all"}, "mix": "signed"},
+    ],
+    ids=["tied", "shared", "both"],
+)
+def test_groups_are_those_of_transform(options: dict[str, Any], unlowered: list[str]) -> None:
+    model, x = MODELS["vit"].build(), MODELS["vit"].inputs
+    plan = pe_fx.plan(model, x, **options)
+    dense = copy.deepcopy(model)
+    y = compiled(model, **options)(x)
+    committed = pe_fx.commit(model)
+    assert sorted(map(str, committed.ties)) == sorted(map(str, plan.ties))
+    assert committed.params_after == plan.params_after
+    torch.testing.assert_close(model(x), y)
+    assert_equals_twin(dense, model, committed, x)
+
+
+def test_what_is_shared_trains_as_by_transform() -> None:
+    model = nn.Sequential(mlp(), nn.LayerNorm(8), mlp())
+    shared = pe_fx.transform(model, X, rules=(), share={"mlp": 2})
+    run = compiled(model, rules=(), share={"mlp": 2})
+    train(run, list(model.parameters()), X, 3)
+    train(shared, list(shared.parameters()), X, 3)
+    assert_agree(model, shared)
+    assert model[2][0].weight.grad is model[2][2].weight.grad is None
+
+
 def test_every_graph_holds_the_first_ties(unlowered: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Recompiled for another mode and other shapes, without matching again."""
     model = mlp()
