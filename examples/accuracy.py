@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_tasks import TASKS, Digits, Text, Variant, groups_of, loss_of, plan_of, tied_as
+from accuracy_tasks import TASKS, Digits, Text, Variant, groups_of, loss_of, tied_as
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -89,7 +89,9 @@ def data_of(task: str, device: str, scale: int) -> Text | Digits:
 @functools.cache
 def plan_for(task: str, name: str, scale: int) -> pe_fx.Plan | None:
     variant = variant_of(task, name)
-    return plan_of(variant, TASKS[task].build(**variant.size, scale=scale), sample_of(task, scale))
+    if variant.options is None:
+        return None
+    return pe_fx.plan(TASKS[task].build(**variant.size, scale=scale), sample_of(task, scale), **variant.options)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,6 @@ class Bytes(nn.Module):
 class Variant:
     """How a model is tied: the options of `pe_fx.transform`, None for not at all; `size` changes the constructor's arguments.
 
-    `across`: the second matrix of a feed-forward layer is tied to the next block's first one, the last block's to the first's.
     `pairs`: two neighbouring blocks share all matrices. `rank`: each tied layer has a correction of so low a rank beside it.
     `tied_lr` and `tied_decay` multiply the learning rate and the weight decay of the matrices to which something is tied.
     """
@@ -82,7 +81,6 @@ class Variant:
     name: str
     options: dict[str, Any] | None = None
     size: dict[str, Any] = field(default_factory=dict)
-    across: bool = False
     pairs: bool = False
     rank: int = 0
     tied_lr: float = 1.0
@@ -91,6 +89,7 @@ class Variant:
 
 
 SIGNED: dict[str, Any] = {"mix": "signed"}
+ACROSS: dict[str, Any] = {"across": ["mlp"]}
 
 
 def transformer(width: int, corrected: dict[int, int], shallow: int) -> tuple[Variant, ...]:
@@ -103,8 +102,8 @@ def transformer(width: int, corrected: dict[int, int], shallow: int) -> tuple[Va
         Variant("tied, signed", SIGNED, lr=1.5),
         Variant("dense, half as deep", None, half),
         Variant("dense, pairs share", None, pairs=True),
-        Variant("tied across blocks", {}, across=True, lr=1.5),
-        Variant("tied across blocks, signed", SIGNED, across=True, lr=1.5),
+        Variant("tied across blocks", ACROSS, lr=1.5),
+        Variant("tied across blocks, signed", SIGNED | ACROSS, lr=1.5),
         Variant("tied, signed, wider", SIGNED, {"width": width}, lr=1.5),
         Variant("dense, pairs share, wider", None, {"width": width}, pairs=True),
         Variant("dense, half as deep, wider", None, half | {"width": shallow}),
@@ -164,19 +163,6 @@ def tied_as(variant: Variant, model: nn.Module, plan: pe_fx.Plan | None) -> nn.M
             if name == "weight" and not hasattr(module, "weight_kept"):
                 model.set_submodule(path, Corrected(module, variant.rank))
     return model
-
-
-def plan_of(variant: Variant, model: nn.Module, sample: Tensor) -> pe_fx.Plan | None:
-    """How the variant ties the model."""
-    if variant.options is None:
-        return None
-    plan = pe_fx.plan(model, sample, **variant.options)
-    if not variant.across:
-        return plan
-    own = [site for site in plan.sites if site.kind == "mlp"]
-    after = {site: own[(i + 1) % len(own)].ties[0].of for i, site in enumerate(own)}
-    sites = [replace(site, ties=(replace(site.ties[0], of=after[site]),)) if site in after else site for site in plan.sites]
-    return replace(plan, sites=tuple(sites))
 
 
 def groups_of(variant: Variant, model: nn.Module) -> list[tuple[list[nn.Parameter], float, float]]:

@@ -113,6 +113,12 @@ def share_stages(
     return [site for site in result if site.ties], left
 
 
+def rows_of(flow: Flow, sites: Iterable[Site], trait: Callable[[str], Hashable]) -> list[list[Site]]:
+    """Tied sites of one kind, by the stages that they would share: consecutive ones of one shape."""
+    stages, _ = _stages(flow, [_block(flow, site) for site in sites], None, trait, lambda tie: None)
+    return [[block.found for block in stage.blocks if isinstance(block.found, Site)] for stage in stages]
+
+
 def _join(flow: Flow, first: Op, last: Op) -> Op | None:
     """The sum in which a block's output meets what its input came from: Wᵀ G(W x) + x."""
     join = next((op for op in flow.inevitable(last) if not flow.dominates(last, op)), None)

@@ -24,6 +24,7 @@ from pe_fx.graph.ops import value_of
 from pe_fx.graph.strides import fails, outline
 from pe_fx.graph.tags import tracing
 from pe_fx.passes import DEFAULT_RULES, Rule, find
+from pe_fx.passes.across import tie_across
 from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.passes.variants import GAIN, MIXES, vary
 from pe_fx.tied.entry import widen_params
@@ -48,6 +49,7 @@ def plan(
     *,
     rules: Sequence[str | Rule] = DEFAULT_RULES,
     share: Share | None = None,
+    across: Sequence[str] = (),
     entry: str = "keep",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -67,7 +69,7 @@ def plan(
     chosen = _checked_rules(rules)
     tied = {rule.kind for rule in chosen}
     share = [kind for kind in ("bottleneck",) if kind in tied] if share is None else share
-    options = _checked_options(share=share, entry=entry, include=include, exclude=exclude, mix=mix, gain=gain)
+    options = _checked_options(share=share, across=across, entry=entry, include=include, exclude=exclude, mix=mix, gain=gain)
     sizes = {kind: size if isinstance(size, int) else None for kind, size in options["share"].items()}
     captured = example_inputs if isinstance(example_inputs, Captured) else capture(model, example_inputs)
     owners = owners_in(model)
@@ -86,10 +88,12 @@ def plan(
         against = functools.partial(_against, owners, dict(model.named_modules(remove_duplicate=False)))
         sites, misses = find(flow, (*custom, *DEFAULT_RULES), wanted, against, is_tied)
         apart = functools.partial(_apart, owners, against)
-        sites, misses = share_stages(flow, sites, misses, sizes, entry, wanted, is_tied, functools.partial(_trait, owners), apart)
+        trait = functools.partial(_trait, owners)
+        sites, misses = share_stages(flow, sites, misses, sizes, entry, wanted, is_tied, trait, apart)
+        sites, refused = tie_across(flow, sites, options["across"], trait, against)
     sites = _laid_out(vary(sites, mix, options["gain"]), captured)
     shapes = captured.shapes() | {owner.name: tuple(owner.parameter.shape) for owner in owners.values()}
-    made = plan_of(sites, shapes, list(dict.fromkeys(misses)), {"rules": tuple(rule.kind for rule in chosen)} | options)
+    made = plan_of(sites, shapes, list(dict.fromkeys([*misses, *refused])), {"rules": tuple(rule.kind for rule in chosen)} | options)
     return replace(made, capture=captured.how)
 
 
@@ -118,6 +122,7 @@ def transform(
     *,
     rules: Sequence[str | Rule] = DEFAULT_RULES,
     share: Share | None = None,
+    across: Sequence[str] = (),
     entry: str = "keep",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -145,6 +150,7 @@ def transform(
         share: the kinds whose sites share their matrices with neighbours of one shape, in the order of the data flow: ("mlp",) all in a
             row, {"mlp": 2} in groups of two, the last of which may be smaller; () for none. Kinds that are not among `rules` share
             all matrices of a site without being tied. By default bottlenecks share, where they are tied.
+        across: the kinds whose sites are tied to the matrices of the next site of one shape, the last to the first's; such as ("mlp",).
         entry: how the first block of a stage, whose input is narrower, takes part in it. "keep": its first convolution and
             its shortcut stay. "slice": the convolution uses the first columns of W, the shortcut pads with zeros. "expand":
             a depthwise convolution widens the input, so that W fits.
@@ -167,7 +173,16 @@ def transform(
     Source: O. C. Koyun, B. U. Töreyin, arXiv 2401.16438.
     """
     check_one_of("init", init, INITS)
-    options = {"rules": rules, "share": share, "entry": entry, "include": include, "exclude": exclude, "mix": mix, "gain": gain}
+    options = {
+        "rules": rules,
+        "share": share,
+        "across": across,
+        "entry": entry,
+        "include": include,
+        "exclude": exclude,
+        "mix": mix,
+        "gain": gain,
+    }
     made = plan(model, example_inputs, **options)  # type: ignore[arg-type]
     if not made.sites and not any(isinstance(module, Tied) for module in model.modules()):
         call = _call_of_plan(example_inputs is not None, options)
@@ -251,7 +266,14 @@ def _checked_rules(rules: Sequence[str | Rule]) -> tuple[Rule, ...]:
 
 
 def _checked_options(
-    *, share: Share, entry: str, include: Sequence[str] | None, exclude: Sequence[str] | None, mix: str, gain: bool | float | None
+    *,
+    share: Share,
+    across: Sequence[str],
+    entry: str,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    mix: str,
+    gain: bool | float | None,
 ) -> dict[str, Any]:
     check_one_of("entry", entry, ENTRIES)
     check_one_of("mix", mix, MIXES)
@@ -260,8 +282,18 @@ def _checked_options(
     for option, globs in (("include", include), ("exclude", exclude)):
         if isinstance(globs, str):
             raise PeFxError(f"{option}={globs!r} must be a list of globs: {option}=[{globs!r}]")
+    if isinstance(across, str):
+        raise PeFxError(f"across={across!r} must be a tuple of kinds: across=({across!r},)")
+    sizes = _checked_share(share)
+    for kind in across:
+        check_one_of("across", kind, KINDS)
+        if kind in sizes:
+            raise PeFxError(
+                f"{kind!r} is in share and in across: neighbours that share one matrix have no other's to be tied to; choose one"
+            )
     return {
-        "share": _checked_share(share),
+        "share": sizes,
+        "across": tuple(across),
         "entry": entry,
         "include": None if include is None else tuple(include),
         "exclude": None if exclude is None else tuple(exclude),

@@ -36,7 +36,7 @@ __all__ = ["register"]
 OPTIONS = tuple(
     name for name, parameter in inspect.signature(pe_fx.transform).parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY
 )
-LISTS = ("rules", "include", "exclude")
+LISTS = ("rules", "across", "include", "exclude")
 
 PAPER: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_pe_small": ("deit_small_patch16_224", {}),

@@ -59,6 +59,10 @@ class Ties:
             "among the rules is shared without being tied. By default bottleneck, where it is tied.",
         ),
     ] = None
+    across: Annotated[
+        str | None,
+        typer.Option("--across", metavar="KINDS", help="Kinds whose sites are tied to the matrices of the next one, such as mlp."),
+    ] = None
     entry: Annotated[
         str | None, typer.Option("--entry", metavar="HOW", help="The first block of a stage: keep, slice or expand; keep by default.")
     ] = None
@@ -80,7 +84,7 @@ class Ties:
     def options(self) -> dict[str, Any]:
         """As `pe_fx.plan` takes them, as far as they are given."""
         given = {name: value for name, value in vars(self).items() if value is not None and name != "plan"}
-        given |= {name: read(given[name]) for name, read in (("rules", _kinds), ("share", sizes_in)) if name in given}
+        given |= {name: read(given[name]) for name, read in (("rules", _kinds), ("share", sizes_in), ("across", _kinds)) if name in given}
         if self.plan is not None:
             refuse("--plan has its options in it", given)
         return given

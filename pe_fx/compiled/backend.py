@@ -38,7 +38,7 @@ from pe_fx.ties import Site, Tie
 
 log = logging.getLogger(__name__)
 
-TRANSFORM_OPTIONS = ("rules", "share", "include", "exclude", "mix")
+TRANSFORM_OPTIONS = ("rules", "share", "across", "include", "exclude", "mix")
 OPTIONS = (*TRANSFORM_OPTIONS, "mode", "inductor", "single_read")
 
 
@@ -50,9 +50,9 @@ class Backend:
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> compiled = torch.compile(model, backend="pe_fx", options={"rules": ["mlp"]})
 
-    `options` takes `rules`, `share`, `include`, `exclude` and `mix` of `pe_fx.transform`; `mode`, a mode of torch.compile, which itself
-    takes mode or options, not both; `inductor`, a dict of `torch._inductor.config` entries; and `single_read`: whether feed-forward
-    layers of few rows read their weight once in graphs without gradients (default: yes).
+    `options` takes `rules`, `share`, `across`, `include`, `exclude` and `mix` of `pe_fx.transform`; `mode`, a mode of torch.compile, which
+    itself takes mode or options, not both; `inductor`, a dict of `torch._inductor.config` entries; and `single_read`: whether
+    feed-forward layers of few rows read their weight once in graphs without gradients (default: yes).
 
     In a model that was transformed, `pe_fx.transform` has decided what is tied: nothing more is, unless these options are given.
     A weight that is tied away is not read any more and gets no gradient. The ties are decided by the first graph that reads a
