@@ -531,12 +531,20 @@ def test_random_networks(part: int) -> None:
         rules=st.one_of(st.just(KINDS), st.lists(st.sampled_from(KINDS), min_size=1, unique=True)),
         exclude=st.one_of(st.none(), st.none(), st.integers(0, 3)),
         share=st.dictionaries(st.sampled_from(KINDS), st.sampled_from((2, 2, 3, "all"))),
+        ring=st.lists(st.sampled_from(KINDS), unique=True),
         mix=st.sampled_from(MIXES),
         gain=st.booleans(),
         init=st.sampled_from(("keep", "keep", *INITS)),
     )
     def check(
-        network: Network, rules: Sequence[str], exclude: int | None, share: dict[str, int | str], mix: str, gain: bool, init: str
+        network: Network,
+        rules: Sequence[str],
+        exclude: int | None,
+        share: dict[str, int | str],
+        ring: Sequence[str],
+        mix: str,
+        gain: bool,
+        init: str,
     ) -> None:
         torch.manual_seed(0)
         model = network.build().double()
@@ -546,7 +554,8 @@ def test_random_networks(part: int) -> None:
         inputs = (x, mask, condition, torch.arange(TOKENS).to(x))
 
         left_out = None if exclude is None else [f"{exclude}.*"]
-        plan = pe_fx.plan(model, inputs, rules=rules, exclude=left_out, share=share, mix=mix, gain=gain)
+        across = [kind for kind in ring if kind not in share]
+        plan = pe_fx.plan(model, inputs, rules=rules, exclude=left_out, share=share, across=across, mix=mix, gain=gain)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         tied = {(site.kind, frozenset(site.weights)) for site in plan.sites if site.kind in rules}
         assert tied == network.sites(rules, exclude), f"{plan}\n{plan.explain()}"
