@@ -269,3 +269,55 @@ def test_adapters_on_a_tied_base(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(folder), tmp_path / "adapter")
     assert torch.equal(output(again, "llama"), after)
+
+
+def test_offloaded_where_the_tied_folder_is_and_where_it_is_to_be_tied(tmp_path: Path) -> None:
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+    }
+    where: dict[str, Any] = {"device_map": places | {"lm_head": "disk"}, "offload_folder": str(tmp_path / "offloaded")}
+    tied, folder = tied_folder(tmp_path, "llama", mix="signed")
+    again = transformers.LlamaForCausalLM.from_pretrained(folder, **where)
+    assert torch.equal(output(again, "llama"), output(tied, "llama"))
+    built("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(pe_fx.PeFxError, match=r"model\.layers\.1.* offloaded: nothing can be tied to it"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=PeFxConfig(), **where)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak")
+def test_memory_of_loading_is_that_of_the_tied_weights(tmp_path: Path) -> None:
+    """By checkpoint.load of what builds the model, too."""
+    sizes = {"hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 12, "intermediate_size": 3072}
+    pe_fx.transform(built("bert"), mix="signed").save_pretrained(tmp_path / "small")
+    tied = pe_fx.transform(transformers.BertModel(transformers.BertConfig(vocab_size=99, **sizes)), TOKENS, mix="signed", inplace=True)
+    tied.save_pretrained(tmp_path / "large")
+    weights = sum(parameter.nbytes for parameter in tied.parameters())
+    code = """
+import sys, torch, transformers
+import pe_fx.transformers
+from pathlib import Path
+from pe_fx import checkpoint
+folder, way = Path(sys.argv[1]), sys.argv[2]
+def resident(name):
+    return 1024 * int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)).split()[1])
+def loaded(size):
+    if way == "from_pretrained":
+        model = transformers.BertModel.from_pretrained(folder / size)
+    else:
+        config = transformers.AutoConfig.from_pretrained(folder / size)
+        model = checkpoint.load(folder / size / "model.safetensors", lambda: transformers.BertModel(config))
+    assert all(parameter.sum().isfinite() for parameter in model.parameters())
+    return model
+loaded("small")  # for what is imported on the way
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+model = loaded("large")
+print(resident("VmHWM") - before)
+"""
+    for way in ("from_pretrained", "checkpoint.load"):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path), way], capture_output=True, text=True)
+        assert int(done.stdout) < 1.15 * weights + 24e6, (way, int(done.stdout) / weights, done.stderr[-500:])
