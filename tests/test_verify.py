@@ -361,3 +361,24 @@ def test_oracle_sees_other_buffers() -> None:
     tied[1].running_mean.add_(1)
     with pytest.raises(AssertionError, match=r"buffer"):
         assert_equals_twin(dense, tied, plan, IMAGE)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_model_that_runs_in_one_mode_alone(mode: str) -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        if m.training is not (mode == "train"):
+            raise ValueError("labels are missing")
+        return m.down(F.gelu(m.up(x)))
+
+    model = Net(forward, up=linear(8, 16), down=linear(16, 8)).train(mode == "train")
+    report = pe_fx.verify(pe_fx.transform(model, X), X)
+    other = {"train": "eval", "eval": "train"}[mode]
+    assert report
+    assert {comparison.mode for comparison in report.comparisons} == {mode}
+    assert report.notes == (f"{other}: not compared, since the dense twin does not run in it: ValueError: labels are missing",)
+
+
+def test_a_model_that_does_not_run_raises_its_own_error() -> None:
+    tied = pe_fx.transform(mlp(), X)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        pe_fx.verify(tied, torch.randn(3, 9))
