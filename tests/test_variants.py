@@ -27,12 +27,11 @@ every_variant = pytest.mark.parametrize("options", VARIANTS, ids=["signed", "gai
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 12, 64, 97, 384])
-def test_mix_is_a_signed_permutation_and_its_inverse_undoes_it(size: int) -> None:
+def test_mix_is_a_signed_permutation(size: int) -> None:
     numbers = torch.arange(1, size + 1)
     for seed in range(5):
         mix = Mix.drawn(0, 1, (size, 4), seed)
         mixed = mix(torch.stack([numbers] * 4, 1))
-        assert torch.equal(mix.inverse(mixed), torch.stack([numbers] * 4, 1))
         assert torch.equal(mixed[:, 0], -mixed[:, 3])
         assert torch.equal(mixed[:, 2], mixed[:, 3])
         assert sorted(mixed[:, 3].abs().tolist()) == numbers.tolist()
@@ -196,7 +195,7 @@ def test_a_gain_of_the_models_own_stays() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mix": "random"}, "mix='random' is unknown; choose from 'none', 'signed'"),
+        ({"mix": "random"}, "mix='random' is unknown; choose from 'none', 'signed', 'fitted'"),
         ({"gain": "yes"}, "gain='yes' must be True, False or the number"),
         ({"gain": float("nan")}, "gain=nan must be"),
     ],
