@@ -19,8 +19,8 @@ from pe_fx.ties import Block, Tie
 
 X = torch.randn(2, 3, 8)
 
-VARIANTS: list[dict[str, Any]] = [{"mix": "signed"}, {"gain": True}, {"mix": "signed", "gain": 0.5}]
-every_variant = pytest.mark.parametrize("options", VARIANTS, ids=["signed", "gain", "both"])
+VARIANTS: list[dict[str, Any]] = [{"mix": "signed"}, {"gain": True}, {"mix": "signed", "gain": 0.5}, {"mix": "fitted", "gain": 0.5}]
+every_variant = pytest.mark.parametrize("options", VARIANTS, ids=["signed", "gain", "both", "fitted"])
 
 
 # ---- the permutation
@@ -110,7 +110,11 @@ def test_stages(entry: str, options: dict[str, Any]) -> None:
     for site in plan.sites:
         for tie in site.ties:
             reads = tie.target == site.weights[0]
-            assert (tie.seed is not None) == ("mix" in options and (site.entry is not None or not reads))
+            is_mixed = "mix" in options and (site.entry is not None or not reads)
+            if options.get("mix") == "fitted":  # a weight that is widened has no values to fit an order to
+                assert (tie.order is not None) == (is_mixed and (site.entry is None or entry == "slice"))
+            else:
+                assert (tie.seed is not None) == is_mixed
             assert (tie.gain is not None) == ("gain" in options and not reads)
 
 

@@ -88,8 +88,9 @@ class Fitted:
 
     def moves(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Moves:
         """The order as tensors for a weight of this dtype on this device."""
-        signs = torch.tensor(self.order.signs, dtype=torch.float64) * self.order.factor
-        return torch.tensor(self.order.places, device=device), signs.to(dtype).to(device)
+        places = torch.tensor(self.order.places, device="cpu")
+        signs = torch.tensor(self.order.signs, dtype=torch.float64, device="cpu") * self.order.factor
+        return places.to(device), signs.to(dtype).to(device)
 
     def __call__(self, part: Tensor, moves: Moves) -> Tensor:
         """Row by row of the source, whose transpose `part` is as a rule."""

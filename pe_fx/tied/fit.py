@@ -214,7 +214,7 @@ def as_matrix(tie: Tie, value: Tensor) -> Tensor:
 
 def positions(block: Block) -> Tensor:
     """Where the entries of the block are in its parameter, flat."""
-    numbers = torch.arange(math.prod(block.full_shape)).view(block.full_shape)
+    numbers = torch.arange(math.prod(block.full_shape), device="cpu").view(block.full_shape)
     for dim, ranges in enumerate(block.ranges):
         numbers = torch.cat([numbers.narrow(dim, start, stop - start) for start, stop in ranges], dim)
     return numbers
@@ -223,7 +223,7 @@ def positions(block: Block) -> Tensor:
 def reading(tie: Tie) -> tuple[Tensor, Tensor]:
     """For each entry of a tie's matrix its place in the source, flat, and what the entry there is multiplied with."""
     (view,) = layout_of([tie], {}, {}).views
-    numbers = torch.arange(1.0, math.prod(tie.of.full_shape) + 1, dtype=torch.float64).view(tie.of.full_shape)
+    numbers = torch.arange(1.0, math.prod(tie.of.full_shape) + 1, dtype=torch.float64, device="cpu").view(tie.of.full_shape)
     factor, moves = 1.0 if tie.gain is None else tie.gain, None
     if isinstance(view.mix, Fitted):
         places, signs = view.mix.moves(torch.float64)

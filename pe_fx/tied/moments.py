@@ -67,8 +67,8 @@ class Moments:
         parameter = self.parameters[name]
         for (shape, strides, offset), moment in self.seen.get(name, {}).items():
             numbers = _numbered(parameter).as_strided(shape, strides, offset)
-            rows, columns = (torch.full((parameter.numel(),), -1) for _ in range(2))
-            rows[numbers], columns[numbers] = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+            rows, columns = (torch.full((parameter.numel(),), -1, device="cpu") for _ in range(2))
+            rows[numbers], columns[numbers] = torch.unravel_index(torch.arange(numbers.numel(), device="cpu").view(shape), shape)
             if int(rows[line].min()) >= 0 and bool((columns[line] == columns[line[0]]).all()):
                 index = rows[line].to(moment.total.device)
                 return moment.total[index][:, index] / moment.count
@@ -77,8 +77,8 @@ class Moments:
 
 def _numbered(parameter: Tensor) -> Tensor:
     """The parameter's storage, where each of its entries is its flat position."""
-    stored = torch.full((parameter.untyped_storage().nbytes() // parameter.element_size(),), -1)
-    numbers = torch.arange(parameter.numel()).view(parameter.shape)
+    stored = torch.full((parameter.untyped_storage().nbytes() // parameter.element_size(),), -1, device="cpu")
+    numbers = torch.arange(parameter.numel(), device="cpu").view(parameter.shape)
     stored.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset()).copy_(numbers)
     return stored
 
@@ -92,6 +92,7 @@ class _Watch(TorchDispatchMode):
         self.names = {parameter.untyped_storage().data_ptr(): name for name, parameter in moments.parameters.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func in PRODUCTS:
             left, right = (args[place] for place in PRODUCTS[func])
             self._see(right, left)
@@ -105,7 +106,7 @@ class _Watch(TorchDispatchMode):
             gradient, _, weight, *_, transposed, _, groups, _ = args
             if groups == 1 and not transposed:
                 self._see_pixels(weight, gradient)
-        return func(*args, **(kwargs or {}))
+        return result
 
     def _see_pixels(self, weight: Tensor, images: Tensor) -> None:
         if all(size == 1 for size in weight.shape[2:]):
@@ -142,7 +143,7 @@ def moments_of(model: nn.Module, weights: Iterable[str], calibration: Iterable[E
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     moments = Moments({name: parameters[name] for name in weights})
     training = {module: module.training for module in model.modules()}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     count = 0
     try:
         model.eval()
@@ -153,7 +154,7 @@ def moments_of(model: nn.Module, weights: Iterable[str], calibration: Iterable[E
                     leaves = [leaf for leaf in (*parameters.values(), *tensors_in((args, kwargs))) if leaf.requires_grad]
                     outputs = tensors_in(torch.func.functional_call(model, parameters | buffers, args, kwargs))
                     outputs = [output for output in outputs if output.requires_grad]
-                    projections = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+                    projections = [torch.randn(output.shape, generator=generator, device="cpu").to(output) for output in outputs]
                     if outputs:
                         torch.autograd.grad(outputs, leaves, projections, allow_unused=True)
     finally:
