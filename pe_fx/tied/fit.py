@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,17 +41,6 @@ class Use:
     rows: Tensor
     columns: Tensor
 
-    def of(self, source: Tensor) -> Tensor:
-        return self.factors * source[self.places]
-
-    def pulled(self, matrix: Tensor) -> Tensor:
-        """The gradient, in the places of the source, of half the weighed square of the matrix."""
-        return self.factors * (self.rows @ matrix @ self.columns)
-
-    @property
-    def curvature(self) -> Tensor:
-        return self.factors.square() * self.rows.diagonal()[:, None] * self.columns.diagonal()
-
     def turned(self) -> Use:
         return Use(self.places.t(), self.factors.t(), self.values.t(), self.columns, self.rows)
 
@@ -80,10 +68,10 @@ class Fit:
         if not bool(weight.isfinite().all()):
             raise PeFxError(f"{name} holds values that are not finite: no tie can be fitted to it")
         device = weight.device
-        values = weight.reshape(-1)[own.to(device)].float()
+        values = weight.reshape(-1)[own.to(device)].double()
         if self.moments is None:
             scale = 1 / values.norm().clamp_min(1e-30)
-            rows, columns = (scale * torch.eye(size, device=device) for size in values.shape)
+            rows, columns = (scale * torch.eye(size, dtype=values.dtype, device=device) for size in values.shape)
         else:
             rows, columns = (self._seen(name, line) for line in (own[:, 0], own[0]))
         return Use(places.to(device), factors.to(values), values, rows, columns)
@@ -96,7 +84,7 @@ class Fit:
                 f"calibration: nothing, or no gradient, was seen at the products with {name}. Give batches that reach it, "
                 f"exclude=[{name!r}], or leave calibration out: then ties are fitted to the weights alone"
             )
-        return moment + DAMPING * moment.diagonal().mean() * torch.eye(len(line), device=moment.device)
+        return _damped(moment.double())
 
 
 def fitted(plan: Plan, model: nn.Module, moments: Moments | None = None) -> Plan:
@@ -130,10 +118,10 @@ def _order(fit: Fit, tie: Tie) -> Order:
     if not all(norms):
         return Order.of(range(len(own.values)), [1] * len(own.values))
     scale = norms[1] / norms[0]
-    root = torch.linalg.cholesky(_evened(own.columns) + _evened(tied.columns))
-    first, second = own.values.double() @ root, tied.values.double() @ root / scale
+    root = torch.linalg.cholesky(own.columns / own.columns.trace() + tied.columns / tied.columns.trace())
+    first, second = own.values @ root, tied.values @ root / scale
     inner = first @ second.t()
-    reads, writes = (use.rows.diagonal().double() * use.columns.diagonal().mean() for use in (own, tied))
+    reads, writes = (use.rows.diagonal() * use.columns.diagonal().mean() for use in (own, tied))
     writes = writes * scale**2
     counts = reads[:, None] * writes / (reads[:, None] + writes).clamp_min(1e-300)
     costs = counts * (first.square().sum(1)[:, None] + second.square().sum(1) - 2 * inner.abs())
@@ -142,10 +130,10 @@ def _order(fit: Fit, tie: Tie) -> Order:
     return Order.of(rows.tolist(), signs, scale / (tie.gain or 1.0))
 
 
-def _evened(moment: Tensor) -> Tensor:
-    """The same, of mean one, and nowhere zero."""
-    whole = moment.double()
-    return whole / whole.diagonal().mean().clamp_min(1e-300) + DAMPING * torch.eye(len(whole), dtype=whole.dtype, device=whole.device)
+def _damped(moment: Tensor) -> Tensor:
+    """The same, and something in every direction."""
+    mean = moment.diagonal().mean().clamp_min(1e-30)
+    return moment + DAMPING * mean * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
 def _assignment() -> Any:
@@ -161,48 +149,106 @@ def fitted_sources(plan: Plan, model: nn.Module, moments: Moments | None = None)
 
     >>> import pe_fx
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
-    >>> plan = pe_fx.plan(model)
-    >>> new = fitted_sources(plan, model)["0.weight"]
-    >>> w1, w2 = (layer.weight.detach() / layer.weight.detach().norm() ** 2 for layer in (model[0], model[2]))
-    >>> scale = sum(1 / layer.weight.detach().norm() ** 2 for layer in (model[0], model[2]))
-    >>> torch.allclose(new, (w1 + w2.t()) / scale)
+    >>> new = fitted_sources(pe_fx.plan(model), model)["0.weight"]
+    >>> w1, w2 = (layer.weight.detach() for layer in (model[0], model[2]))
+    >>> a, b = 1 / w1.norm() ** 2, 1 / w2.norm() ** 2
+    >>> torch.allclose(new, (a * w1 + b * w2.t()) / (a + b))
     True
     """
     fit = Fit(model, moments)
-    result = {}
+    result: dict[str, Tensor] = {}
     for name in dict.fromkeys(tie.source for tie in plan.ties):
-        ties = [tie for tie in plan.ties if tie.source == name]
-        uses = [fit.own_use(tie) for tie in {tie.of: tie for tie in ties}.values()]
-        uses += [fit.tied_use(tie) for tie in ties if plan.shapes[tie.target] == tie.into.full_shape]
         weight = fit.weights[name]
-        result[name] = _nearest(weight.float().reshape(-1), uses).view(weight.shape).to(weight.dtype)
+        source = weight.reshape(-1).double()
+        ties = sorted((tie for tie in plan.ties if tie.source == name), key=lambda tie: -tie.of.numel)
+        while ties:
+            whole = ties[0].of
+            here = [tie for tie in ties if tie.of.overlaps(whole)]
+            ties = [tie for tie in ties if tie not in here]
+            own = fit.own_use(here[0])
+            uses = [fit.tied_use(tie) for tie in here if plan.shapes[tie.target] == tie.into.full_shape and tie.gain != 0]
+            source[own.places.reshape(-1)] = _nearest([_laid(use, own.places, name) for use in (own, *uses)]).reshape(-1)
+        result[name] = source.view(weight.shape).to(weight.dtype)
     return result
 
 
-def _nearest(source: Tensor, uses: list[Use]) -> Tensor:
-    """The source that makes the sum of weighed squares of all deviations least: by conjugate gradients, from the present one on."""
+class Goal(NamedTuple):
+    """Values that W should have, and what counts a deviation D from them: the trace of `rows D columns Dᵀ`."""
 
-    def gathered(parts: Iterable[Tensor]) -> Tensor:
-        total = torch.zeros_like(source)
-        for use, part in zip(uses, parts, strict=True):
-            total.index_add_(0, use.places.reshape(-1), part.reshape(-1))
-        return total
+    values: Tensor
+    rows: Tensor
+    columns: Tensor
 
-    curvature = gathered(use.curvature for use in uses)
-    inverse = torch.where(curvature > 0, 1 / curvature, 0)
-    residual = gathered(use.pulled(use.values - use.of(source)) for use in uses)
-    direction = inverse * residual
-    size = start = torch.dot(residual, direction)
+    def pulled(self, deviation: Tensor) -> Tensor:
+        return self.rows @ deviation @ self.columns
+
+
+def _laid(use: Use, places: Tensor, name: str) -> Goal:
+    """The use as a goal for the matrix at these places of the source: its order, signs and factors undone; zero where it reads nothing."""
+    height, width = places.shape
+    index = places.new_zeros(int(places.max()) + 1)
+    index[places] = torch.arange(height * width, device=places.device).view(height, width)
+    if int(index[use.places[0, 0]]) // width != int(index[use.places[0, -1]]) // width:
+        use = use.turned()
+    rows, columns = index[use.places[:, 0]] // width, index[use.places[0]] % width
+    if not torch.equal(index[use.places], rows[:, None] * width + columns):
+        raise PeFxError(f"init='fit': {name} is read as matrices of which one is no reordering of the other. Use init='mean'")
+    factors = use.factors[:, 0], use.factors[0] / use.factors[0, 0]
+    values = use.values.new_zeros(height, width)
+    values[rows[:, None], columns] = use.values / use.factors
+    sides = []
+    for size, at, factor, moment in zip(places.shape, (rows, columns), factors, (use.rows, use.columns), strict=True):
+        side = moment.new_zeros(size, size)
+        side[at[:, None], at] = factor[:, None] * moment * factor
+        sides.append(side)
+    return Goal(values, *sides)
+
+
+def _nearest(goals: list[Goal]) -> Tensor:
+    """The matrix that misses its goals least, the first of which holds for all of it: by conjugate gradients.
+
+    Where there are two goals, the first step solves the equations: in the bases in which both are diagonal.
+    """
+    first, rest = goals[0], goals[1:]
+    wholes = [goal.rows.trace() * goal.columns.trace() for goal in rest]
+    total = sum(wholes, torch.zeros(())).clamp_min(1e-300)
+    rows = sum((goal.rows * goal.columns.trace() for goal in rest), torch.zeros_like(first.rows))
+    columns = sum((goal.columns * goal.rows.trace() for goal in rest), torch.zeros_like(first.columns)) / total
+    left, right = _common(first.rows, rows), _common(first.columns, columns)
+    scale = 1 + left.ratios[:, None] * right.ratios
+
+    def solved(pull: Tensor) -> Tensor:
+        return left.basis @ (left.basis.t() @ pull @ right.basis / scale) @ right.basis.t()
+
+    matrix = first.values
+    residual = sum((goal.pulled(goal.values - matrix) for goal in rest), torch.zeros_like(matrix))
+    direction = solved(residual)
+    size = start = (residual * direction).sum()
     for _ in range(STEPS):
-        if not size > 1e-9 * start:
+        if not size > 1e-12 * start:
             break
-        bent = gathered(use.pulled(use.of(direction)) for use in uses)
-        step = size / torch.dot(direction, bent)
-        source = source + step * direction
-        residual -= step * bent
-        before, size = size, torch.dot(residual, inverse * residual)
-        direction = inverse * residual + size / before * direction
-    return source
+        bent = sum((goal.pulled(direction) for goal in goals), torch.zeros_like(matrix))
+        step = size / (direction * bent).sum()
+        matrix = matrix + step * direction
+        residual = residual - step * bent
+        next_direction = solved(residual)
+        before, size = size, (residual * next_direction).sum()
+        direction = next_direction + size / before * direction
+    return matrix
+
+
+class Common(NamedTuple):
+    """A basis in which one form is the identity, and another one has these on its diagonal."""
+
+    basis: Tensor
+    ratios: Tensor
+
+
+def _common(one: Tensor, other: Tensor) -> Common:
+    root = torch.linalg.cholesky(one)
+    half = torch.linalg.solve_triangular(root, other, upper=False)
+    ratios, turn = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.t(), upper=False))
+    return Common(torch.linalg.solve_triangular(root.t(), turn, upper=True), ratios.clamp_min(0))
 
 
 def as_matrix(tie: Tie, value: Tensor) -> Tensor:
