@@ -25,13 +25,13 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_tasks import TASKS, Digits, Text, Variant, groups_of, loss_of, tied_as
-from torch import nn
+from accuracy_tasks import TASKS, Digits, Groups, Text, Variant, groups_of, loss_of, tied_as
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -115,27 +115,42 @@ def start_of(task: str, name: str, scale: int, seed: int) -> nn.Module:
     return tied_as(variant, TASKS[task].build(**variant.size, scale=scale), plan)
 
 
-def train(model: nn.Module, run: Run, data: Text | Digits) -> list[float]:
-    """AdamW and clipped gradients; returns the score after each tenth of the steps."""
-    groups = [
-        {"params": own, "lr": run.lr * times, "weight_decay": decay}
-        for own, times, decay in groups_of(variant_of(run.task, run.variant), model)
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, run.steps))
-    curve = []
-    for step, rows in enumerate(data.rows(run.seed, run.steps), 1):
-        model.train()
-        optimizer.zero_grad()
-        torch.autograd.backward(loss_of(model, *data.batch(rows)))
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step * 10 % run.steps < 10:
-            model.eval()
-            with torch.no_grad():
-                curve.append(data.score(model).item())
-    return curve
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Course:
+    """A training: AdamW, clipped gradients, warm-up and cosine. `scores` after each tenth of the steps, and each step's loss."""
+
+    lr: float
+    steps: int
+    seed: int
+    scores: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def run(self, model: nn.Module, data: Text | Digits, groups: Groups | None = None, loss: Loss = loss_of, name: str = "") -> Course:
+        """With a progress bar, where it has a name. `groups`: as of `groups_of`."""
+        made = [{"params": own, "lr": self.lr * times, "weight_decay": decay} for own, times, decay in groups or groups_of(None, model)]
+        optimizer = torch.optim.AdamW(made, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, self.steps))
+        for step, rows in enumerate(tqdm(data.rows(self.seed, self.steps), name, leave=False, disable=not name), 1):
+            model.train()
+            optimizer.zero_grad()
+            value = loss(model, *data.batch(rows))
+            torch.autograd.backward(value)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            self.losses.append(value.item())
+            if step * 10 % self.steps < 10:
+                self.scores.append(score(model, data))
+        return self
+
+
+@torch.no_grad()
+def score(model: nn.Module, data: Text | Digits) -> float:
+    model.eval()
+    return data.score(model).item()
 
 
 def row_of(run: Run, model: nn.Module, curve: Sequence[float], device: str) -> Row:
@@ -148,7 +163,9 @@ def row_of(run: Run, model: nn.Module, curve: Sequence[float], device: str) -> R
 def work(run: Run) -> Row:
     torch.set_num_threads(1)
     model = start_of(run.task, run.variant, run.scale, run.seed)
-    return row_of(run, model, train(model, run, data_of(run.task, "cpu", run.scale)), "cpu")
+    groups = groups_of(variant_of(run.task, run.variant), model)
+    course = Course(run.lr, run.steps, run.seed).run(model, data_of(run.task, "cpu", run.scale), groups)
+    return row_of(run, model, course.scores, "cpu")
 
 
 def count(model: nn.Module) -> int:

@@ -165,11 +165,15 @@ def tied_as(variant: Variant, model: nn.Module, plan: pe_fx.Plan | None) -> nn.M
     return model
 
 
-def groups_of(variant: Variant, model: nn.Module) -> list[tuple[list[nn.Parameter], float, float]]:
-    """Parameters with what multiplies the learning rate, and the weight decay."""
+Groups = Sequence[tuple[list[nn.Parameter], float, float]]
+"""Parameters with what multiplies the learning rate, and the weight decay."""
+
+
+def groups_of(variant: Variant | None, model: nn.Module) -> Groups:
+    """All in one, but where the variant treats tied matrices otherwise."""
     sources = {id(parameter) for _, _, _, weight in tied_weights_in(model) for parameter in weight.parameters}
     every = list(model.parameters())
-    if not sources or variant.tied_lr == variant.tied_decay == 1:
+    if variant is None or not sources or variant.tied_lr == variant.tied_decay == 1:
         return [(every, 1.0, DECAY)]
     tied, rest = ([parameter for parameter in every if (id(parameter) in sources) is is_tied] for is_tied in (True, False))
     return [(tied, variant.tied_lr, DECAY * variant.tied_decay), (rest, 1.0, DECAY)]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from pe_fx.ties import Site, Tie
 
-MIXES = ("none", "signed")
+MIXES = ("none", "signed", "fitted")
 GAIN = 0.2
 """Where learned factors start by default: small, so that a branch grows into its residual stream as a dense one does."""
 
@@ -19,7 +19,8 @@ def vary(sites: Iterable[Site], mix: str, gain: float | None) -> list[Site]:
 
     Plain, `Wᵀ F(W x)` is the gradient of a sum of functions of wᵢ·x: its Jacobian is symmetric, and positive where F
     increases, so that a residual stack can stretch but hardly rotate or shrink. S P breaks the symmetry; T, a sign per hidden unit,
-    lets half of the units write against the direction that they read. Neither costs a parameter.
+    lets half of the units write against the direction that they read. Neither costs a parameter. "fitted": as "none", and the order
+    of the hidden units is found later, in the weights' values.
 
     >>> from pe_fx.ties import Block, Tie
     >>> tie = Tie(Block.whole("fc2", (4, 8)), Block.whole("fc1", (8, 4)), transposed=True, channels=0)

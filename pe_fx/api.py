@@ -28,7 +28,9 @@ from pe_fx.passes.across import tie_across
 from pe_fx.passes.stage import ENTRIES, share_stages
 from pe_fx.passes.variants import GAIN, MIXES, vary
 from pe_fx.tied.entry import widen_params
+from pe_fx.tied.fit import fitted
 from pe_fx.tied.layouts import layout_of
+from pe_fx.tied.moments import Moments, moments_of
 from pe_fx.tied.owners import ONCE, Owner, forbidden, owners_in, unfit, unfit_entry
 from pe_fx.tied.rewrite_graph import rewrite_graph
 from pe_fx.tied.rewrite_modules import INITS, rewrite_modules
@@ -55,6 +57,7 @@ def plan(
     exclude: Sequence[str] | None = None,
     mix: str = "none",
     gain: bool | float = False,
+    calibration: Iterable[ExampleInputs] | None = None,
 ) -> Plan:
     """What `transform` would do to the model; nothing is changed.
 
@@ -66,10 +69,19 @@ def plan(
     Takes the options of `transform`; what `pe_fx.graph.capture.capture` returned stands for the inputs where the graph is at hand.
     Raises `PeFxError` for wrong options and `CaptureError` where the model's graph cannot be captured.
     """
-    chosen = _checked_rules(rules)
+    options: dict[str, Any] = {"rules": rules, "share": share, "across": across, "entry": entry, "include": include, "exclude": exclude}
+    options |= {"mix": mix, "gain": gain}
+    _check_calibration(calibration, mix)
+    made = _matched(model, example_inputs, options)
+    return fitted(made, model, _moments(model, made, calibration)) if mix == "fitted" else made
+
+
+def _matched(model: nn.Module, example_inputs: ExampleInputs | Captured | None, given: Mapping[str, Any]) -> Plan:
+    """The plan by these options of `plan`, as far as it does not depend on values."""
+    chosen = _checked_rules(given["rules"])
     tied = {rule.kind for rule in chosen}
-    share = [kind for kind in ("bottleneck",) if kind in tied] if share is None else share
-    options = _checked_options(share=share, across=across, entry=entry, include=include, exclude=exclude, mix=mix, gain=gain)
+    shared = [kind for kind in ("bottleneck",) if kind in tied] if given["share"] is None else given["share"]
+    options = _checked_options(**{name: value for name, value in given.items() if name != "rules"} | {"share": shared})
     sizes = {kind: size if isinstance(size, int) else None for kind, size in options["share"].items()}
     captured = example_inputs if isinstance(example_inputs, Captured) else capture(model, example_inputs)
     owners = owners_in(model)
@@ -79,7 +91,7 @@ def plan(
         return found.kind in tied
 
     def wanted(found: Site | Miss) -> bool:
-        return (is_tied(found) or found.kind in sizes) and _selected(found, include, exclude)
+        return (is_tied(found) or found.kind in sizes) and _selected(found, options["include"], options["exclude"])
 
     custom = [rule for rule in chosen if rule not in DEFAULT_RULES]
     with tracing():
@@ -89,9 +101,9 @@ def plan(
         sites, misses = find(flow, (*custom, *DEFAULT_RULES), wanted, against, is_tied)
         apart = functools.partial(_apart, owners, against)
         trait = functools.partial(_trait, owners)
-        sites, misses = share_stages(flow, sites, misses, sizes, entry, wanted, is_tied, trait, apart)
+        sites, misses = share_stages(flow, sites, misses, sizes, options["entry"], wanted, is_tied, trait, apart)
         sites, refused = tie_across(flow, sites, options["across"], trait, against)
-    sites = _laid_out(vary(sites, mix, options["gain"]), captured)
+    sites = _laid_out(vary(sites, options["mix"], options["gain"]), captured)
     shapes = captured.shapes() | {owner.name: tuple(owner.parameter.shape) for owner in owners.values()}
     made = plan_of(sites, shapes, list(dict.fromkeys([*misses, *refused])), {"rules": tuple(rule.kind for rule in chosen)} | options)
     return replace(made, capture=captured.how)
@@ -129,6 +141,7 @@ def transform(
     mix: str = "none",
     gain: bool | float = False,
     init: str = "keep",
+    calibration: Iterable[ExampleInputs] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """The same model with one matrix where it held two.
@@ -155,10 +168,14 @@ def transform(
             its shortcut stay. "slice": the convolution uses the first columns of W, the shortcut pads with zeros. "expand":
             a depthwise convolution widens the input, so that W fits.
         include, exclude: globs on module names, such as "layer3.*".
-        mix: "signed" puts the tied output channels in a fixed other order with fixed signs; the plan keeps the seeds.
+        mix: "signed" puts the tied output channels in a fixed other order with fixed signs; the plan keeps the seeds. "fitted", for a
+            trained model, pairs each column of a tied weight with the row of its source that it is most like, up to sign and scale;
+            the plan keeps the pairs.
         gain: True, or a starting value, gives each tied output channel a learned factor, `<name of the weight>_gain`.
-        init: "keep" the source's values, their "mean" with the tied weights', or "reset": drawn anew, normal,
-            with a standard deviation of 1 / sqrt(inputs).
+        init: "keep" the source's values, their "mean" with the tied weights', "fit": those that change the model least, or
+            "reset": drawn anew, normal, with a standard deviation of 1 / sqrt(inputs).
+        calibration: batches of inputs, each as `example_inputs`, that show "fitted" and "fit" what counts for the model's outputs;
+            without them, all entries of a weight count alike.
         inplace: change `model` itself.
 
     Returns:
@@ -173,24 +190,25 @@ def transform(
     Source: O. C. Koyun, B. U. Töreyin, arXiv 2401.16438.
     """
     check_one_of("init", init, INITS)
-    options = {
-        "rules": rules,
-        "share": share,
-        "across": across,
-        "entry": entry,
-        "include": include,
-        "exclude": exclude,
-        "mix": mix,
-        "gain": gain,
-    }
-    made = plan(model, example_inputs, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"rules": rules, "share": share, "across": across, "entry": entry, "include": include, "exclude": exclude}
+    options |= {"mix": mix, "gain": gain}
+    _check_calibration(calibration, mix, init)
+    made = _matched(model, example_inputs, options)
     if not made.sites and not any(isinstance(module, Tied) for module in model.modules()):
         call = _call_of_plan(example_inputs is not None, options)
         warnings.warn(f"nothing in this {type(model).__name__} can be tied{_nearly(made.misses, call)}", NoSitesWarning, stacklevel=2)
-    return apply(model, made, init=init, inplace=inplace)
+    moments = _moments(model, made, calibration)
+    return _applied(model, fitted(made, model, moments) if mix == "fitted" else made, init, moments, inplace)
 
 
-def apply(model: nn.Module, plan: Plan, *, init: str = "keep", inplace: bool = False) -> nn.Module:
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    init: str = "keep",
+    calibration: Iterable[ExampleInputs] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
     """Ties a model by a plan made earlier, say to load a tied checkpoint.
 
     >>> import pe_fx
@@ -205,15 +223,33 @@ def apply(model: nn.Module, plan: Plan, *, init: str = "keep", inplace: bool = F
     that `plan` would leave them alone: frozen beside a trained one, of another dtype or device, used in other places too.
     """
     check_one_of("init", init, INITS)
+    _check_calibration(calibration, "none", init)
+    return _applied(model, plan, init, _moments(model, plan, calibration), inplace)
+
+
+def _applied(model: nn.Module, plan: Plan, init: str, moments: Moments | None, inplace: bool) -> nn.Module:
     result = model if inplace else copied(model)
     if isinstance(result, fx.GraphModule) and not any(True for _ in result.parameters()):
         rewrite_graph(result, plan)
     else:
-        rewrite_modules(result, plan, init)
+        rewrite_modules(result, plan, init, moments)
     for library in INTEGRATIONS:
         if library in sys.modules:
             importlib.import_module(f"pe_fx.{library}").attach(result)
     return result
+
+
+def _check_calibration(calibration: Iterable[ExampleInputs] | None, mix: str, init: str = "keep") -> None:
+    if calibration is not None and mix != "fitted" and init != "fit":
+        raise PeFxError("calibration is for mix='fitted' and init='fit' alone: give one of them, or leave it out")
+
+
+def _moments(model: nn.Module, plan: Plan, calibration: Iterable[ExampleInputs] | None) -> Moments | None:
+    return (
+        None
+        if calibration is None
+        else moments_of(model, dict.fromkeys(name for tie in plan.ties for name in (tie.target, tie.source)), calibration)
+    )
 
 
 def _call_of_plan(has_inputs: bool, options: Mapping[str, Any]) -> str:
@@ -243,12 +279,13 @@ def _nearly(misses: Sequence[Miss], call: str) -> str:
 def checked(init: str, options: Mapping[str, Any]) -> None:
     """Raises `PeFxError` where `transform` would, for these options alone."""
     check_one_of("init", init, INITS)
-    parameters = inspect.signature(plan).parameters.items()
-    given = {name: parameter.default for name, parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(plan).parameters.items()}
+    given = {name: value for name, value in defaults.items() if name not in ("model", "example_inputs", "calibration")}
     for name in options:
         check_one_of("the option", name, list(given))
-    given |= {"share": ()} | dict(options)
+    given |= options
     _checked_rules(given.pop("rules"))
+    given["share"] = given["share"] or ()
     _checked_options(**given)
 
 

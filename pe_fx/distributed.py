@@ -182,8 +182,9 @@ def tensor_parallel_plan(model: nn.Module, plan: Plan) -> dict[str, ParallelStyl
     tied: q and k are gathered, the values are a sum as any product with a transposed shard is, and every process sees all heads.
 
     Replicated stay convolutions, layers between which other parameters stand, and attention whose q, k and v are rows of one weight:
-    the rows of v are columns of k, which no process could make of its shard without communicating the weight; and what shares its
-    matrices without being tied. `fully_shard` on another dimension of the mesh shards those, too.
+    the rows of v are columns of k, which no process could make of its shard without communicating the weight; so are hidden channels
+    that `mix="fitted"` has put in another order, and what shares its matrices without being tied. `fully_shard` on another dimension
+    of the mesh shards those, too.
     Raises `PeFxError` where the model is not tied by the plan.
     """
     modules = dict(model.named_modules())
@@ -209,7 +210,7 @@ def _styles(modules: dict[str, nn.Module], site: Site) -> dict[str, ParallelStyl
     names = [name for name in site.weights if site.kind != "attention" or name in tied]
     layers = {name: modules[name.removesuffix(".weight")] for name in names if name.endswith(".weight")}
     dims = {_output_dim(layer) for layer in layers.values()}
-    whole = len(layers) == len(names) and all(tie.into.is_whole and tie.of.is_whole for tie in site.ties)
+    whole = len(layers) == len(names) and all(tie.into.is_whole and tie.of.is_whole and tie.order is None for tie in site.ties)
     if site.kind not in ("mlp", "glu", "attention") or not rowwise or not whole or len(dims) > 1 or (dim := dims.pop()) is None:
         return {}
     if site.kind != "attention" and _stands_between(modules, list(layers.values())):

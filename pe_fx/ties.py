@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import functools
 import itertools
@@ -161,6 +163,54 @@ def _as_matrix(block: Block, spread: Spread) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Order:
+    """A signed permutation and a number: entry i is what stood at `places[i]`, times the sign of i and times `factor`.
+
+    >>> order = Order.of([2, 0, 1], [1, -1, 1], 0.5)
+    >>> order, order.places, order.signs
+    (Order(code='BAABAAIA', factor=0.5), (2, 0, 1), (1, -1, 1))
+
+    `code` holds them compactly as text: for each entry twice its place, plus one where it is negated, as base64 of 16-bit or 32-bit
+    numbers. Raises `PeFxError` for a text that is no signed permutation.
+    """
+
+    code: str
+    factor: float = 1.0
+
+    @classmethod
+    def of(cls, places: Sequence[int], signs: Sequence[int], factor: float = 1.0) -> Order:
+        width = _width(len(places))
+        numbers = (2 * place + (sign < 0) for place, sign in zip(places, signs, strict=True))
+        return cls(base64.b64encode(b"".join(number.to_bytes(width, "little") for number in numbers)).decode(), factor)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor) or sorted(self.places) != list(range(len(self.places))):
+            raise PeFxError(f"{self.code[:16]}…, times {self.factor}, is no order of a tie")
+
+    @functools.cached_property
+    def _numbers(self) -> list[int]:
+        try:
+            data = base64.b64decode(self.code, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise PeFxError(f"{self.code[:16]}… is no order of a tie: {error}") from error
+        width = _width(len(data) // 2)
+        return [int.from_bytes(data[start : start + width], "little") for start in range(0, len(data), width)]
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        return tuple(number >> 1 for number in self._numbers)
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        return tuple(-1 if number & 1 else 1 for number in self._numbers)
+
+
+def _width(count: int) -> int:
+    """Bytes of a number in the code of an order of so many entries."""
+    return 2 if 2 * count <= 1 << 16 else 4
+
+
+@dataclass(frozen=True)
 class Tie:
     """`into` is no parameter any more: it is `of`, its matrix dimensions `axes` swapped where `transposed`.
 
@@ -176,6 +226,7 @@ class Tie:
     `channels` is the dimension of `into` along which a variant of the tie changes it, None where it only repeats its source: a
     signed permutation, drawn by `seed` (with signs along the other of `axes`, too), and a learned factor per channel that starts
     at `gain`. It is the dimension of the output channels, so that a unit does not write back along the direction that it reads.
+    `order`: in place of a seed, an order and signs of the channels along the other of `axes`, fitted to the weights' values.
     `contiguous`: the model views `into` in a way in which a transposed matrix cannot be viewed; it is a copy, row by row.
     `spread`: where swapping two dimensions does not do, how a matrix lies in `into`, and how the same one lies in `of`; then `channels`
     is the first dimension of its columns in `into`.
@@ -196,6 +247,7 @@ class Tie:
     gain: float | None = None
     contiguous: bool = False
     spread: tuple[Spread, Spread] | None = None
+    order: Order | None = None
 
     def __post_init__(self) -> None:
         if self.spread is None:
@@ -215,8 +267,10 @@ class Tie:
             alike = _as_matrix(self.into, self.spread[0]) == _as_matrix(self.of, self.spread[1])
         if not alike:
             raise PeFxError(f"{self} cannot be a tie: {self.into.shape} is not the shape of {self.of.shape}{'ᵀ' * self.transposed}")
-        if self.channels is None and (self.seed is not None or self.gain is not None):
+        if self.channels is None and any(each is not None for each in (self.seed, self.gain, self.order)):
             raise PeFxError(f"{self} names no dimension whose channels are mixed or scaled")
+        if self.order is not None and (self.seed is not None or len(self.order.places) != self.shape[self.channel_axes[1]]):
+            raise PeFxError(f"{self} cannot be a tie: its order has {len(self.order.places)} entries, or it has a seed beside it")
 
     @property
     def source_shape(self) -> Shape:
@@ -254,7 +308,7 @@ class Tie:
 
     def text(self, within: str = "") -> str:
         """What `into` is, the source named relative to the module `within`."""
-        scaled, mixed = "gain · " * (self.gain is not None), "±" * (self.seed is not None)
+        scaled, mixed = "gain · " * (self.gain is not None), "±" * (self.seed is not None or self.order is not None)
         return f"{scaled}{mixed}{_relative(str(self.of), within)}{'ᵀ' * self.transposed}"
 
     def __str__(self) -> str:

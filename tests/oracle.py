@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 import pe_fx
 from pe_fx import Plan
 from pe_fx.compiled.dynamo import CustomGraphPass
+from pe_fx.tied.assembly import Mix
 from pe_fx.tied.layouts import mix_of
 from pe_fx.ties import Block, Miss, Tie
 
@@ -168,6 +169,8 @@ def positions(tie: Tie) -> tuple[Tensor, Tensor]:
     source = source.reshape(target.shape)
     if tie.seed is not None:
         source = source.index_select(channel_axis(tie), torch.tensor(signed_order(tie)[0]))
+    if tie.order is not None:
+        source = source.index_select(tie.channel_axes[1], torch.tensor(tie.order.places))
     return target.reshape(-1), source.reshape(-1)
 
 
@@ -185,7 +188,7 @@ def channel_axis(tie: Tie) -> int:
 def signed_order(tie: Tie) -> tuple[list[int], list[int]]:
     """Which channel of the source stands at each position of the target, and with what sign, by dealing cards one after another."""
     mix = mix_of(tie)
-    assert mix is not None
+    assert isinstance(mix, Mix)
     piles: list[list[int]] = [[] for _ in range(mix.hands)]
     for card in range(matrix_shape(tie)[mix.axis]):
         piles[card % mix.hands].append(card)
@@ -199,7 +202,10 @@ def factors(tie: Tie, plan: Plan, gains: Mapping[str, Tensor] | None = None) -> 
     result = torch.ones(matrix_shape(tie))
     along = [1] * result.dim()
     along[channel_axis(tie)] = -1
-    if (mix := mix_of(tie)) is not None:
+    if tie.order is not None:
+        signs = torch.tensor(tie.order.signs).view([-1 if axis == tie.channel_axes[1] else 1 for axis in range(result.dim())])
+        result = result * signs * tie.order.factor
+    if isinstance(mix := mix_of(tie), Mix):
         result = result * torch.tensor(signed_order(tie)[1]).view(along)
         result.narrow(mix.across, 0, result.shape[mix.across] // 2).neg_()
     if tie.gain is not None:

@@ -78,7 +78,7 @@ def test_wrong_options(function: Callable[..., Any], case: str) -> None:
 def test_wrong_init() -> None:
     model = mlp()
     before = state(model)
-    message = "init='zeros' is unknown; choose from 'keep', 'mean', 'reset'"
+    message = "init='zeros' is unknown; choose from 'keep', 'mean', 'fit', 'reset'"
     with pytest.raises(PeFxError, match=message):
         pe_fx.transform(model, X, init="zeros", inplace=True)
     with pytest.raises(PeFxError, match=message):

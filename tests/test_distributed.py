@@ -106,6 +106,7 @@ def cases() -> dict[str, Case]:
     signed = {
         "vit, signed": case(vit(), IMAGES, **VARIANT),
         "attention, signed": case(Separate(), WORDS, **VARIANT),
+        "attention, fitted": case(Separate(), WORDS, mix="fitted"),
         "resnet, expand, signed": case(net, IMAGES, entry="expand", **VARIANT),
     }
     dense = Case(mlp().double(), Plan(), torch.randn(4, 4, dtype=torch.float64))
@@ -131,6 +132,7 @@ WAYS += [(2, ranks.fsdp, "resnet, expand", True)]
 WAYS += [(2, way, "pairs", False) for way in (ranks.ddp, ranks.fsdp, ranks.tensor_parallel)]
 WAYS += [(2, way, "vit, signed", False) for way in (ranks.ddp, ranks.fsdp, ranks.tensor_parallel)]
 WAYS += [(2, ranks.tensor_parallel, "attention, signed", False), (2, ranks.fsdp, "resnet, expand, signed", False)]
+WAYS += [(2, way, "attention, fitted", False) for way in (ranks.ddp, ranks.fsdp, ranks.tensor_parallel)]
 """How many processes, how, which model, whether with activation checkpointing."""
 
 

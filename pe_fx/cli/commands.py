@@ -136,7 +136,7 @@ def transform_command(
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", metavar="FILE", help="Dense weights, .safetensors or .pt; random where left out.")
     ] = None,
-    init: Annotated[str, typer.Option("--init", metavar="HOW", help="A shared matrix's values: keep, mean or reset.")] = "keep",
+    init: Annotated[str, typer.Option("--init", metavar="HOW", help="A shared matrix's values: keep, mean, fit or reset.")] = "keep",
     ties: Ties,
 ) -> None:
     """Tie a model and write its weights.

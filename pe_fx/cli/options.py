@@ -70,9 +70,9 @@ class Ties:
         None
     )
     exclude: Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not in modules like this.")] = None
-    mix: Annotated[str | None, typer.Option("--mix", metavar="HOW", help="The tied output channels: none or signed; none by default.")] = (
-        None
-    )
+    mix: Annotated[
+        str | None, typer.Option("--mix", metavar="HOW", help="The order of tied channels: none, signed or fitted; none by default.")
+    ] = None
     gain: Annotated[
         float | None,
         typer.Option("--gain", metavar="START", help="A learned factor per tied output channel, which starts here, e.g. 0.2."),

@@ -73,6 +73,11 @@ class Backend:
         unknown = [name for name in options if name not in OPTIONS]
         if unknown:
             raise PeFxError(f"option {unknown[0]!r} is unknown to the backend; choose from {', '.join(OPTIONS)}")
+        if options.get("mix") == "fitted":
+            raise PeFxError(
+                "mix='fitted' is decided by values, which graphs do not show: tie the model itself before it is compiled, "
+                "pe_fx.transform(model, inputs, mix='fitted', …)"
+            )
         weights = weights_of(gm, example_inputs)
         parameters = {name: weight.parameter for name, weight in weights.items()}
         chosen = {name: options[name] for name in TRANSFORM_OPTIONS if name in options}

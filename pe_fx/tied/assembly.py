@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from pe_fx.ties import Dims, Ranges, Shape
+from pe_fx.ties import Dims, Order, Ranges, Shape
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,6 @@ class Mix:
     >>> mix = Mix(axis=0, across=1, hands=2, height=4, width=2)
     >>> mix(torch.tensor([[10, 11], [20, 21], [30, 31], [40, 41]])).tolist()
     [[10, -11], [30, -31], [-20, 21], [-40, 41]]
-    >>> mix.inverse(mix(torch.eye(4, 2))).equal(torch.eye(4, 2))
-    True
 
     Made of views and products, it keeps nothing in memory, its gradient scatters nothing, and Inductor makes one kernel of it, the
     same for all weights of one shape with as many hands. A shard along `across`, as in tensor parallel, needs no other.
@@ -35,6 +34,11 @@ class Mix:
     hands: int
     height: int
     width: int
+
+    @property
+    def mark(self) -> int:
+        """What tells mixes of one weight apart."""
+        return self.hands
 
     @classmethod
     def drawn(cls, axis: int, across: int, shape: Shape, seed: int) -> Mix:
@@ -50,20 +54,49 @@ class Mix:
         return cls(axis, across, middle[seed % len(middle)], size, shape[across])
 
     def __call__(self, part: Tensor) -> Tensor:
-        return self._signed(self._dealt(part, (-1, self.hands)))
-
-    def inverse(self, mixed: Tensor) -> Tensor:
-        return self._dealt(self._signed(mixed), (self.hands, -1))
-
-    def _dealt(self, part: Tensor, grid: tuple[int, int]) -> Tensor:
-        rows: Tensor = part.unflatten(self.axis, grid)  # type: ignore[no-untyped-call]
-        return rows.transpose(self.axis, self.axis + 1).flatten(self.axis, self.axis + 1)
+        rows: Tensor = part.unflatten(self.axis, (-1, self.hands))  # type: ignore[no-untyped-call]
+        return self._signed(rows.transpose(self.axis, self.axis + 1).flatten(self.axis, self.axis + 1))
 
     def _signed(self, part: Tensor) -> Tensor:
         for axis, size in ((self.axis, self.height), (self.across, self.width)):
             signs = torch.cat([part.new_full((size // 2,), -1), part.new_full((size - size // 2,), 1)])
             part = (part.transpose(axis, -1) * signs).transpose(axis, -1)
         return part
+
+
+Moves = tuple[Tensor, Tensor]
+"""An order as tensors: what each channel reads, and what that is multiplied with."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A stored order and signs of the channels along one matrix dimension.
+
+    >>> fitted = Fitted(across=1, order=Order.of([1, 0], [1, -1]))
+    >>> fitted(torch.tensor([[1, 2], [3, 4]]), fitted.moves()).tolist()
+    [[2.0, -1.0], [4.0, -3.0]]
+
+    Weights of one shape are computed alike, whatever their orders, which are therefore no part of what makes two of them equal.
+    """
+
+    across: int
+    order: Order = field(compare=False)
+
+    @property
+    def mark(self) -> int:
+        return zlib.crc32(repr(self.order).encode())
+
+    def moves(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Moves:
+        """The order as tensors for a weight of this dtype on this device."""
+        places = torch.tensor(self.order.places, device="cpu")
+        signs = torch.tensor(self.order.signs, dtype=torch.float64, device="cpu") * self.order.factor
+        return places.to(device), signs.to(dtype).to(device)
+
+    def __call__(self, part: Tensor, moves: Moves) -> Tensor:
+        """Row by row of the source, whose transpose `part` is as a rule."""
+        places, signs = moves
+        rows = part.transpose(0, self.across).index_select(0, places)
+        return (rows.transpose(0, -1) * signs).transpose(0, -1).transpose(0, self.across)
 
 
 @dataclass(frozen=True)
@@ -113,11 +146,11 @@ class View:
     ranges: tuple[Ranges | None, ...]
     swap: tuple[int, int] | None = None
     reshape: Shape | None = None
-    mix: Mix | None = None
+    mix: Mix | Fitted | None = None
     gain: Gain | None = None
     regroup: Regrouping | None = None
 
-    def __call__(self, stored: Tensor, factors: Tensor | None = None) -> Tensor:
+    def __call__(self, stored: Tensor, factors: Tensor | None = None, moves: Moves | None = None) -> Tensor:
         part = stored
         for dim, ranges in enumerate(self.ranges):
             if ranges is not None:
@@ -128,8 +161,11 @@ class View:
             part = part.transpose(*self.swap)
         if self.reshape is not None:
             part = part.reshape(self.reshape)
-        if self.mix is not None:
+        if isinstance(self.mix, Mix):
             part = self.mix(part)
+        elif self.mix is not None:
+            assert moves is not None
+            part = self.mix(part, moves)
         if self.gain is not None and factors is not None:
             part = self.gain(part, factors)
         return part if self.regroup is None else self.regroup.taken_apart(part)
@@ -162,8 +198,16 @@ class Layout:
     def gains(self) -> list[Gain]:
         return [view.gain for view in self.views if view.gain is not None]
 
-    def assemble(self, own: Tensor | None, sources: Sequence[Tensor], factors: Tensor | None = None) -> Tensor:
-        parts = [view(source, factors) for view, source in zip(self.views, sources, strict=True)]
+    @property
+    def fitted(self) -> list[Fitted]:
+        return [view.mix for view in self.views if isinstance(view.mix, Fitted)]
+
+    def assemble(self, own: Tensor | None, sources: Sequence[Tensor], factors: Tensor | None = None, moves: Sequence[Moves] = ()) -> Tensor:
+        left = iter(moves)
+        parts = [
+            view(source, factors, next(left) if isinstance(view.mix, Fitted) else None)
+            for view, source in zip(self.views, sources, strict=True)
+        ]
         pieces = []
         for piece in self.pieces:
             part = own if piece.part < 0 else parts[piece.part]
@@ -175,7 +219,8 @@ class Layout:
 
 @functools.cache
 def written_out(layout: Layout) -> Callable[..., Tensor]:
-    """`layout.assemble` as straight-line code, a function of nothing, what a module stores, its factors, and each source.
+    """`layout.assemble` as straight-line code, a function of nothing, what a module stores, its factors, each source, and the tensors
+    of each order.
 
     >>> written_out(Layout(0, (Piece(0),), (View((None, None), swap=(0, 1)),)))(None, None, None, torch.ones(4, 3)).shape
     torch.Size([3, 4])
@@ -184,9 +229,14 @@ def written_out(layout: Layout) -> Callable[..., Tensor]:
     """
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
-    names = ("own", "factors", *(f"source{i}" for i in range(len(layout.views))))
-    own, factors, *sources = (cast(Tensor, fx.Proxy(graph.placeholder(name), tracer)) for name in names)
-    dense: Any = layout.assemble(own, sources, factors if layout.gains else None)
+
+    def given(*names: str) -> list[Tensor]:
+        return [cast(Tensor, fx.Proxy(graph.placeholder(name), tracer)) for name in names]
+
+    own, factors = given("own", "factors")
+    sources = given(*(f"source{i}" for i in range(len(layout.views))))
+    places, signs = (given(*(f"{what}{i}" for i in range(len(layout.fitted)))) for what in ("places", "signs"))
+    dense: Any = layout.assemble(own, sources, factors if layout.gains else None, list(zip(places, signs, strict=True)))
     graph.output(dense.node)
     code = graph.python_code("self")
     exec(code.src, code.globals)

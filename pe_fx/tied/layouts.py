@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from pe_fx.errors import PeFxError
-from pe_fx.tied.assembly import Gain, Layout, Mix, Piece, Regrouping, View
+from pe_fx.tied.assembly import Fitted, Gain, Layout, Mix, Piece, Regrouping, View
 from pe_fx.ties import Plan, Ranges, Tie, length, overlap
 
 
@@ -98,16 +98,19 @@ def layout_of(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Ra
     return Layout(axis, tuple(pieces), tuple(views), any(tie.contiguous for tie in ties))
 
 
-def mix_of(tie: Tie) -> Mix | None:
+def mix_of(tie: Tie) -> Mix | Fitted | None:
+    if tie.order is not None:
+        return Fitted(tie.channel_axes[1], tie.order)
     return None if tie.seed is None or tie.channels is None else Mix.drawn(*tie.channel_axes, tie.shape, tie.seed)
 
 
-def regrouping_of(tie: Tie, backwards: bool = False) -> Regrouping | None:
-    """How `into` is made of `of`, or `of` of `into`, where their matrix is spread over several dimensions."""
+def regrouping_of(tie: Tie) -> Regrouping | None:
+    """How `into` is made of `of` where their matrix is spread over several dimensions."""
     if tie.spread is None:
         return None
-    into, of = ((block.shape, (*rows, *columns)) for block, (rows, columns) in zip((tie.into, tie.of), tie.spread, strict=True))
-    (shape, dims), (_, order) = (of, into) if backwards else (into, of)
+    (shape, dims), (_, order) = (
+        (block.shape, (*rows, *columns)) for block, (rows, columns) in zip((tie.into, tie.of), tie.spread, strict=True)
+    )
     back = tuple(dims.index(dim) for dim in range(len(dims)))
     return Regrouping(order, tie.shape, tuple(shape[dim] for dim in dims), back)
 

@@ -31,6 +31,8 @@ def rewrite_graph(gm: fx.GraphModule, plan: Plan, weights: Mapping[str, fx.Node]
         raise PeFxError("entry='slice' and 'expand' change modules; a graph whose weights are placeholders has none: use entry='keep'")
     if any(tie.gain is not None for tie in plan.ties):
         raise PeFxError("gain=True adds parameters; a graph whose weights are placeholders can have none: transform the model instead")
+    if any(tie.order is not None for tie in plan.ties):
+        raise PeFxError("mix='fitted' keeps tensors; a graph whose weights are placeholders has none: transform the model instead")
     targets = by_target(plan.ties)
     kept = {name: kept_ranges(ties) for name, ties in targets.items()}
     tracer = fx.proxy.GraphAppendingTracer(gm.graph)

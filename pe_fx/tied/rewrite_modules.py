@@ -10,16 +10,18 @@ from torch import Tensor, fx, nn
 from pe_fx.errors import PeFxError
 from pe_fx.tied.derived import derive
 from pe_fx.tied.entry import PadShortcut, Widen, Widened, strided_shortcut
-from pe_fx.tied.layouts import by_target, compare_shapes, kept_ranges, layout_of, mix_of, regrouping_of
+from pe_fx.tied.fit import as_matrix, fitted_sources, positions, reading
+from pe_fx.tied.layouts import by_target, compare_shapes, kept_ranges, layout_of
+from pe_fx.tied.moments import Moments
 from pe_fx.tied.owners import Owner, forbidden, owners_in, unfit_entry
 from pe_fx.tied.weight import TiedWeight, choose, tie_weight, tied_class
-from pe_fx.ties import Block, Entry, Plan, Tie, gain_of, kept_of, positions
+from pe_fx.ties import Entry, Plan, Tie, gain_of, kept_of
 
-INITS = ("keep", "mean", "reset")
+INITS = ("keep", "mean", "fit", "reset")
 
 
-def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
-    """Ties `model` in place. Everything is checked before anything is changed.
+def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep", moments: Moments | None = None) -> None:
+    """Ties `model` in place. Everything is checked before anything is changed. `moments`: what init "fit" weighs by.
 
     Raises `PeFxError` where the plan does not fit the model.
     """
@@ -31,7 +33,7 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep") -> None:
     owners = {name: (module, name.rpartition(".")[2]) for name in names if (module := found[name].module) is not None}
     classes = _new_classes(model, plan, owners)
     modules = {name: module for entry in plan.entries for name, module in _new_modules(model, entry).items()}
-    values = _initial_values(model, plan, init)
+    values = _initial_values(model, plan, init, moments)
     with torch.no_grad():
         for name, value in values.items():
             model.get_parameter(name).copy_(value)
@@ -109,33 +111,26 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), attribute
 
 
-def _initial_values(model: nn.Module, plan: Plan, init: str) -> dict[str, Tensor]:
-    """New values for the sources. "mean" averages over all that share one matrix, "reset" draws anew."""
+def _initial_values(model: nn.Module, plan: Plan, init: str, moments: Moments | None) -> dict[str, Tensor]:
+    """New values for the sources. "mean" averages over all that share one matrix, "fit" changes each least, "reset" draws anew."""
     if init == "keep":
         return {}
+    if init == "fit":
+        return fitted_sources(plan, model, moments)
     sources = dict.fromkeys(tie.source for tie in plan.ties)
     if init == "reset":
         return {name: _drawn(model.get_parameter(name), [tie for tie in plan.ties if tie.source == name]) for name in sources}
-    totals = {name: model.get_parameter(name).detach().clone() for name in sources}
+    totals = {name: model.get_parameter(name).detach().clone().reshape(-1) for name in sources}
     counts = {name: torch.ones_like(total) for name, total in totals.items()}
     for tie in plan.ties:
-        if plan.shapes[tie.target] != tie.into.full_shape:
-            continue  # a weight that changes its shape has no value to give
-        value = part(model.get_parameter(tie.target).detach(), tie.into)
-        back, mix = regrouping_of(tie, backwards=True), mix_of(tie)
-        value = value if back is None else back.joined(value)
-        value = value if mix is None else mix.inverse(value)
-        if tie.gain is not None:
-            if tie.gain == 0:
-                continue  # scaled to nothing, it can have any source
-            value = value / tie.gain
-        if back is not None:
-            value = back.taken_apart(value)
-        elif tie.transposed and value.dim() > max(tie.axes):
-            value = value.transpose(*tie.axes)
-        add_part(totals[tie.source], tie.of, value.reshape(tie.of.shape))
-        add_part(counts[tie.source], tie.of, torch.ones_like(value).reshape(tie.of.shape))
-    return {name: total / counts[name] for name, total in totals.items()}
+        if plan.shapes[tie.target] != tie.into.full_shape or tie.gain == 0:
+            continue  # a weight that changes its shape, or is scaled to nothing, has no value to give
+        target = model.get_parameter(tie.target).detach().reshape(-1)
+        own = as_matrix(tie, positions(tie.into)).reshape(-1).to(target.device)
+        places, factors = (each.reshape(-1).to(target.device) for each in reading(tie))
+        totals[tie.source].index_add_(0, places, target[own] / factors.to(target.dtype))
+        counts[tie.source].index_add_(0, places, torch.ones_like(target[own]))
+    return {name: (total / counts[name]).view(plan.shapes[name]) for name, total in totals.items()}
 
 
 def _drawn(source: Tensor, ties: Sequence[Tie]) -> Tensor:
@@ -152,20 +147,6 @@ def _inputs(source: Tensor, tie: Tie) -> int:
         return tie.shape[1]
     outputs, hidden = tie.channel_axes
     return source.shape[hidden if tie.transposed else outputs]
-
-
-def part(dense: Tensor, block: Block) -> Tensor:
-    """The block's values, copied out by index."""
-    return dense[_index(block, dense.device)]
-
-
-def add_part(dense: Tensor, block: Block, value: Tensor) -> None:
-    """Adds `value` to the block in place."""
-    dense[_index(block, dense.device)] += value
-
-
-def _index(block: Block, device: torch.device) -> tuple[Tensor, ...]:
-    return torch.meshgrid(*(torch.tensor(positions(ranges), device=device) for ranges in block.ranges), indexing="ij")
 
 
 def _new_classes(model: nn.Module, plan: Plan, owners: Mapping[str, tuple[nn.Module, str]]) -> dict[nn.Module, type]:

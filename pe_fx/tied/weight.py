@@ -8,9 +8,9 @@ that every weight has exactly one name.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -44,13 +44,25 @@ class TiedWeight:
 
     def __post_init__(self) -> None:
         self.assemble = written_out(self.layout)
+        self.moves: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "assemble"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self.__post_init__()
+        self.assemble = written_out(self.layout)
+
+    def place_moves(self, like: Tensor) -> None:
+        """Makes the tensors of fitted orders anew, for a source of this dtype and on this device; on meta they would lose their values."""
+        moves = [fitted.moves(like.dtype, "cpu" if like.is_meta else like.device) for fitted in self.layout.fitted]
+        self.moves = [tensor for of_one_kind in zip(*moves, strict=True) for tensor in of_one_kind]
+
+    def _moves_beside(self, source: Tensor) -> Iterator[Tensor]:
+        """Those tensors where the source is: elsewhere they are only where something has moved parameters one by one."""
+        for tensor in self.moves:
+            dtype = source.dtype if tensor.is_floating_point() else tensor.dtype
+            yield tensor if (tensor.device, tensor.dtype) == (source.device, dtype) else tensor.to(source.device, dtype)
 
     def dense(self, owner: nn.Module, name: str) -> Tensor:
         """The weight `name` of `owner`, computed. Raises `PeFxError` where its source cannot be read, or is another model's."""
@@ -77,7 +89,7 @@ class TiedWeight:
                 "pe_fx.distributed.fully_shard(model) or fully_shard([first, second]); pe_fx.distributed.check(model) names them. "
                 "Tensor parallel needs a style for both: pe_fx.distributed.tensor_parallel_plan"
             )
-        return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *sources)
+        return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *sources, *self._moves_beside(sources[0]))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -104,7 +116,8 @@ class TiedWeight:
                 "or pe_fx.untie(model)"
             )
         own = {key: value for key, value in (*vars(owner).items(), *owner._parameters.items()) if isinstance(value, Tensor)}
-        return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *(own[attribute] for _, attribute in self.sources))
+        sources = [own[attribute] for _, attribute in self.sources]
+        return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *sources, *self._moves_beside(sources[0]))
 
 
 TOLD = "is tied: import pe_fx.transformers before from_pretrained"
@@ -191,9 +204,17 @@ class Tied(Derived):
         own = super().extra_repr()  # type: ignore[misc]
         return f"{own}, {ties}" if own else ties
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What moves and casts parameters does so with orders, but for values that were not to be kept (`to_empty`)."""
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for weight in self.tied_weights.values():
+            for signs in weight.moves[-1:]:
+                weight.place_moves(fn(signs))
+        return self
+
     def _mixes(self) -> dict[str, list[int | None]]:
         return {
-            name: [None if view.mix is None else view.mix.hands for view in weight.layout.views]
+            name: [None if view.mix is None else view.mix.mark for view in weight.layout.views]
             for name, weight in self.tied_weights.items()
         }
 
@@ -349,6 +370,7 @@ def tie_weight(module: nn.Module, name: str, weight: TiedWeight, kept: nn.Parame
     factors = [dense.new_full((gain.count,), gain.initial) for gain in weight.layout.gains]
     if factors:
         own[gain_of(name)] = nn.Parameter(torch.cat(factors), requires_grad=dense.requires_grad)
+    weight.place_moves(dense)
     module.__dict__["tied_weights"] = {**module.__dict__.get("tied_weights", {}), name: weight}
     living.add(module)
 
