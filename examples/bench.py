@@ -1,7 +1,7 @@
 """Training steps, dense and tied, through Inductor and through the backend pe_fx:  python examples/bench.py
 
-For each model five variants take steps in turns in one process: dense with Inductor, tied with Inductor, tied with backend
-"pe_fx", the same with signed permutations and learned gains, and dense with backend "pe_fx", which ties it in the graph. Printed
+For each model several variants take steps in turns in one process: dense with Inductor, tied with Inductor, tied with backend
+"pe_fx", the same with signs, fitted orders or learned gains, and dense with backend "pe_fx", which ties it in the graph. Printed
 are medians as ratios to the first variant; bytes of parameters, gradients (what DDP sends per step) and optimizer state; on a GPU
 the peak memory of a step and its number of kernels. The rows go to `examples/bench.csv`, in the place of those of the same
 measurement; `--summary` writes the page `examples/bench.md` of what the file holds.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import fnmatch
 import functools
 import statistics
 import time
@@ -194,21 +195,38 @@ class Variant:
         return sorted(found, key=lambda kernel: -kernel.microseconds)
 
 
-def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: int, compilations: int) -> list[Row]:
+RECIPES: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "dense, inductor": ("inductor", None),
+    "tied, pe_fx": ("pe_fx", {}),
+    "tied, inductor": ("inductor", {}),
+    "dense, pe_fx": ("pe_fx", None),
+    "signed, pe_fx": ("pe_fx", {"mix": "signed"}),
+    "fitted, pe_fx": ("pe_fx", {"mix": "fitted"}),
+    "signed + gain, pe_fx": ("pe_fx", {"mix": "signed", "gain": True}),
+}
+"""Backend and options of `pe_fx.transform`, None for the model as it is."""
+
+
+def built(recipe: str, subject: Subject, dense: nn.Module, inputs: Tensor) -> tuple[nn.Module, str]:
+    """The recipe's model, made from the dense one, and its backend."""
+    backend, options = RECIPES[recipe]
+    return copy.deepcopy(dense) if options is None else pe_fx.transform(dense, inputs, **subject.options | options), backend
+
+
+def recipes_of(subject: Subject, globs: Sequence[str]) -> list[str]:
+    """Those that fit the subject; the first comes always."""
+    first, *others = RECIPES
+    if subject.options.get("entry", "keep") != "keep":  # it changes modules, which a graph does not have
+        others.remove("dense, pe_fx")
+    return [first, *(name for name in others if any(fnmatch.fnmatchcase(name, glob) for glob in globs))]
+
+
+def measure(name: str, device: str, batch: int | None, autocast: bool, rounds: int, compilations: int, globs: Sequence[str]) -> list[Row]:
     subject = SUBJECTS[name]
     torch.manual_seed(0)
     dense = subject.build().to(device)
     inputs = subject.sample(batch or subject.batch).to(device)
-    tied = pe_fx.transform(dense, inputs, **subject.options)
-    varied = pe_fx.transform(dense, inputs, mix="signed", gain=True, **subject.options)
-    variants = [
-        Variant("dense, inductor", copy.deepcopy(dense), "inductor", inputs, autocast),
-        Variant("tied, inductor", copy.deepcopy(tied), "inductor", inputs, autocast),
-        Variant("tied, pe_fx", tied, "pe_fx", inputs, autocast),
-        Variant("signed + gain, pe_fx", varied, "pe_fx", inputs, autocast),
-    ]
-    if subject.options.get("entry", "keep") == "keep":  # the others change modules, which a graph does not have
-        variants.append(Variant("dense, pe_fx", dense, "pe_fx", inputs, autocast))
+    variants = [Variant(recipe, *built(recipe, subject, dense, inputs), inputs, autocast) for recipe in recipes_of(subject, globs)]
     seconds: list[list[float]] = [[] for _ in variants]
     for i, variant in tqdm(list(enumerate(variants)) * compilations, desc=f"{name}: compile", leave=False):
         if i == 0:
@@ -249,6 +267,7 @@ def of_kernels(kernels: Sequence[Kernel], others: Sequence[Kernel]) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--variants", nargs="+", default=["*"], metavar="GLOB", help="beside dense with Inductor (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, help="default: a small one that suits two CPU cores")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 is autocast; default: bf16 on a GPU")
@@ -266,7 +285,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {machine(options.device)}; ratios to the first variant, medians of {options.rounds} rounds in turns")
     torch.compile(nn.Linear(4, 4).to(options.device))(torch.ones(2, 4, device=options.device)).sum().backward()  # loads the compiler
     for name in options.models:
-        rows = measure(name, options.device, options.batch, autocast, options.rounds, options.compilations)
+        rows = measure(name, options.device, options.batch, autocast, options.rounds, options.compilations, options.variants)
         print("\n" + table(*shown(rows)), flush=True)
         write_rows(options.csv, rows)
 

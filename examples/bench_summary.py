@@ -40,7 +40,7 @@ INTRODUCTION = """\
 
 This page is written by `python examples/bench.py --summary` from [bench.csv](bench.csv).
 
-`python examples/bench.py` takes steps (forward, backward, AdamW) of five variants in turns, in one process. Times are ratios to the
+`python examples/bench.py` takes steps (forward, backward, AdamW) of several variants in turns, in one process. Times are ratios to the
 dense model with Inductor, in medians over the rounds. "Dense, pe_fx" is the untouched model with `backend="pe_fx"`, which ties it in
 the graph. Bytes of gradients are what DDP sends in each step. Images have 224x224 pixels, gpt2 reads 128 tokens; bf16 is autocast.
 Weights start at random; nothing is downloaded."""

@@ -71,9 +71,7 @@ class Turn:
 def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
     """One model's variants, each compiled, then steps in turns."""
     import torch
-    from bench import SUBJECTS, Subject, Variant, of_kernels, row_of, tokens
-
-    import pe_fx
+    from bench import SUBJECTS, Subject, Variant, built, of_kernels, recipes_of, row_of, tokens
 
     case, _, chosen = case.partition(":")
     graphs = case.endswith(GRAPHS)
@@ -90,24 +88,17 @@ def bench(case: str, turn: Turn, out: Path, dry: bool) -> None:
     inputs = sample(int(batch)).to(device)
     torch.manual_seed(0)
     dense = subject.build().to(device)
-    options = subject.options
-    recipes: list[tuple[str, str, Callable[[], Any]]] = [
-        ("dense, inductor", "inductor", lambda: dense),
-        ("tied, pe_fx", "pe_fx", lambda: pe_fx.transform(dense, inputs[:1], **options)),
-        ("tied, inductor", "inductor", lambda: pe_fx.transform(dense, inputs[:1], **options)),
-    ]
-    if options.get("entry", "keep") == "keep":
-        recipes.append(("dense, pe_fx", "pe_fx", subject.build))
-    recipes.append(("signed, pe_fx", "pe_fx", lambda: pe_fx.transform(dense, inputs[:1], mix="signed", **options)))
+    recipes = recipes_of(subject, [f"{start}*" for start in chosen.split("|")])
     variants: list[Variant] = []
     longest = 0.0
     how: dict[str, Any] = {"mode": "reduce-overhead", "fused": True} if graphs else {}
-    for title, backend, build_variant in [recipe for recipe in recipes if recipe[0].startswith(tuple(chosen.split("|")))]:
+    for title in recipes:
         if variants and turn.time_left < longest / 2:
             print(f"{case}: no time left to compile {title}", flush=True)
             break
         start = time.time()
-        variant = Variant(title, build_variant().to(device), backend, inputs, autocast=True, **how)
+        model, backend = built(title, subject, dense, inputs[:1])
+        variant = Variant(title, model.to(device), backend, inputs, autocast=True, **how)
         variant.steps(4 if graphs else 2)
         variant.spans.clear()
         longest = max(longest, time.time() - start)
