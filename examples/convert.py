@@ -132,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("tied.safetensors"), metavar="FILE", help="where the tied model goes")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # the models are small
     given = {name: value for name in ("steps", "further") if (value := getattr(options, name)) is not None}
     settings = replace(SETTINGS[options.task], **given)
     unit = TASKS[options.task].unit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import pe_fx
 from pe_fx import PeFxError, checkpoint
 from pe_fx.distributed import tensor_parallel_plan
 from pe_fx.tied.moments import moments_of
+from pe_fx.tied.weight import tied_weights_in
 from pe_fx.ties import Block, Order, Tie
 
 X = torch.randn(64, 8)
@@ -429,6 +430,20 @@ def test_compiled(backend: str) -> None:
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(compiled(X[:1]), tied(X[:1]))
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "llama"])
+def test_it_lies_in_memory_as_a_plain_tie(name: str) -> None:
+    """So that a model that views its weight can do so either way."""
+    model, inputs = MODELS[name].build(), MODELS[name].inputs
+    plain, other = (dict(_tied_values(pe_fx.transform(model, inputs, mix=mix))) for mix in ("none", "fitted"))
+    assert plain.keys() == other.keys()
+    assert {name: value.is_contiguous() for name, value in plain.items()} == {name: value.is_contiguous() for name, value in other.items()}
+
+
+def _tied_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for full, module, name, _ in tied_weights_in(model):
+        yield full, getattr(module, name)
 
 
 def test_blocks_alike_are_one_function() -> None:

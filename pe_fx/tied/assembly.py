@@ -81,6 +81,7 @@ class Fitted:
 
     across: int
     order: Order = field(compare=False)
+    transposed: bool = False
 
     @property
     def mark(self) -> int:
@@ -93,10 +94,11 @@ class Fitted:
         return places.to(device), signs.to(dtype).to(device)
 
     def __call__(self, part: Tensor, moves: Moves) -> Tensor:
-        """Row by row of the source, whose transpose `part` is as a rule."""
+        """In the order in memory that the part has, which where it is `transposed` is row by row of its source."""
         places, signs = moves
-        rows = part.transpose(0, self.across).index_select(0, places)
-        return (rows.transpose(0, -1) * signs).transpose(0, -1).transpose(0, self.across)
+        lead = 0 if self.transposed else self.across
+        rows = part.transpose(lead, self.across).index_select(lead, places)
+        return (rows.transpose(lead, -1) * signs).transpose(lead, -1).transpose(lead, self.across)
 
 
 @dataclass(frozen=True)

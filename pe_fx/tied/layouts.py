@@ -100,7 +100,7 @@ def layout_of(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Ra
 
 def mix_of(tie: Tie) -> Mix | Fitted | None:
     if tie.order is not None:
-        return Fitted(tie.channel_axes[1], tie.order)
+        return Fitted(tie.channel_axes[1], tie.order, tie.transposed and tie.spread is None)
     return None if tie.seed is None or tie.channels is None else Mix.drawn(*tie.channel_axes, tie.shape, tie.seed)
 
 
