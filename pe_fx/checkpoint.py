@@ -164,7 +164,7 @@ def untie(path: str | Path, to: str | Path, *, model: nn.Module | None = None, p
         raise PeFxError(f"{path} is dense: it holds {next(tie.target for tie in plan.ties if tie.target in found.values)}")
     metadata = {key: value for key, value in found.metadata.items() if key not in (PLAN, VERSION)}
     if model is None:
-        told = {module: {key: value for key, value in of.items() if key != MIX} for module, of in _told(found.values).items()}
+        told = {module: {key: of[key] for key in of if key not in (MIX, PLAN, VERSION)} for module, of in _told(found.values).items()}
         _write(_dense(found.values, plan, path), Path(to), metadata, told)
         return plan
     outline = _outline(model)

@@ -4,4 +4,6 @@ FORMS = "timm:NAME, torchvision:NAME, transformers:MODEL_TYPE, package.module:ca
 
 CODE = "A callable is Python code, which runs; model.pt2 is read as data alone, unless --trust."
 
+WEIGHTS = ".safetensors, .pt or .bin, or the .index.json of several"
+
 KINDS = ("mlp", "glu", "attention", "bottleneck", "squeeze_excite")

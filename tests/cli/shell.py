@@ -22,3 +22,12 @@ def enter(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "net.py").write_text(source)
     monkeypatch.chdir(folder)
     return folder
+
+
+def error(*arguments: str) -> str:
+    """The one line that a command which cannot work leaves on stderr."""
+    result = run(*arguments, code=2)
+    assert not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("pe-fx: error: ")
+    return line

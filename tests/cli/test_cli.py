@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shell import enter, run
+from shell import enter, error, run
 from torch import nn
 
 import pe_fx
@@ -66,15 +66,6 @@ def slow():
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return enter(tmp_path, SOURCE, monkeypatch)
-
-
-def error(*arguments: str) -> str:
-    """The one line that a command which cannot work leaves on stderr."""
-    result = run(*arguments, code=2)
-    assert not result.stdout
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("pe-fx: error: ")
-    return line
 
 
 def files(folder: Path) -> set[str]:
@@ -310,7 +301,7 @@ def test_help_teaches_by_example() -> None:
     shown = run("--help").stdout
     assert "pe-fx plan timm:deit_small_patch16_224" in shown
     assert "Exit codes: 0 done, 1 differences" in " ".join(shown.split())
-    for command in ("plan", "transform", "diff"):
+    for command in ("plan", "transform", "diff", "verify"):
         assert f"  pe-fx {command} timm:" in run(command, "--help").stdout
 
 
