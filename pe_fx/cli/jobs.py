@@ -16,6 +16,7 @@ from pe_fx.cli.specs import Loaded, load
 from pe_fx.diff import Diff, Graph, compare, diff_transform, page, picture
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import check_writable
+from pe_fx.tied.held import held_plan
 from pe_fx.tied.twin import Report
 from pe_fx.ties import SCHEMA_VERSION, Plan
 
@@ -104,15 +105,13 @@ def verified(
     """Compares the model, tied as its weights say or else by the options, with its dense twin."""
     loaded = models.built(spec, on_meta=False)
     with loaded.home.entered():
-        held = None
         if weights is not None:
             models.say(f"reading {weights}")
-            held = checkpoint.read(weights, trust=models.trust, device="meta").plan
-            if held is not None:
-                refuse(f"{weights} is tied, by the plan in it", [*options, *(["plan"] if read else [])])
             checkpoint.load(weights, loaded.model, inplace=True, trust=models.trust)
-        if held is None:
+        if held_plan(loaded.model) is None:
             _tied(models, loaded, options, read)
+        else:
+            refuse(f"{weights or spec} is tied, by the plan in it", [*options, *(["plan"] if read else [])])
         models.say("comparing it with its dense twin")
         return pe_fx.verify(loaded.model, loaded.example_inputs, tolerance=tolerance)
 

@@ -21,8 +21,10 @@ from shell import enter, error, run
 from torch import nn
 
 import pe_fx
+from pe_fx import checkpoint
 from pe_fx.cli.forms import KINDS
 from pe_fx.passes import DEFAULT_RULES
+from pe_fx.tied.assembly import Mix
 from pe_fx.ties import ONE_PATH
 
 SOURCE = """
@@ -150,16 +152,29 @@ def test_transform_writes_weights_and_plan(folder: Path) -> None:
     assert files(folder) == {"net.py", "tied.safetensors"}
 
 
-@pytest.mark.parametrize("name", ["dense.safetensors", "dense.pt"])
+@pytest.mark.parametrize("name", ["dense.safetensors", "dense.pt", "dense.bin", "dense.safetensors.index.json", "dense.bin.index.json"])
 def test_transform_of_a_checkpoint(name: str) -> None:
     weights = {"weight": torch.randn(3, 3), "bias": torch.randn(3)}
-    if name.endswith(".pt"):
-        torch.save({"state_dict": weights}, name)
-    else:
-        save_file(weights, name)
+    files = {name: weights}
+    if name.endswith(".index.json"):
+        files = {f"{key}{Path(name.removesuffix('.index.json')).suffix}": {key: value} for key, value in weights.items()}
+        Path(name).write_text(json.dumps({"weight_map": dict(zip(weights, files, strict=True))}))
+    for file, part in files.items():
+        (save_file if file.endswith(".safetensors") else torch.save)(part, file)
     result = run("transform", "net.py:plain", "--checkpoint", name, "-o", "tied.safetensors")
     assert "nothing could be tied" in result.stderr
     assert torch.equal(load_file("tied.safetensors")["weight"], weights["weight"])
+
+
+def test_values_and_variants_of_a_transform() -> None:
+    run("transform", "net.py:Net,depth=1", "--include", "head", "-o", "dense.pt")
+    dense = torch.load("dense.pt", weights_only=True)
+    arguments = ["net.py:Net,depth=1", "--checkpoint", "dense.pt", "--init", "mean", "--mix", "signed", "--gain", "1"]
+    run("transform", *arguments, "-o", "tied.bin")
+    tied = torch.load("tied.bin", weights_only=True)
+    mix = Mix.drawn(0, 1, (8, 16), checkpoint.read_plan("tied.bin").ties[0].seed)
+    assert torch.equal(tied["blocks.0.2.weight_gain"], torch.ones(8))
+    torch.testing.assert_close(tied["blocks.0.0.weight"], (dense["blocks.0.0.weight"] + mix.inverse(dense["blocks.0.2.weight"]).t()) / 2)
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(folder: Path) -> None:
