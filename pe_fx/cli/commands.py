@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from pe_fx.cli.forms import CODE, FORMS, WEIGHTS
 from pe_fx.cli.options import AsJson, Debug, Inputs, Look, Misses, Output, Spec, Ties, Trust, at_most_one, refuse, spread
+from pe_fx.cli.progress import progress
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import whole_file
 from pe_fx.text import printable
@@ -336,17 +334,6 @@ def diff_command(
             print(terminal.summary(found).plain, file=sys.stderr)
     if exit_code and found:
         raise typer.Exit(DIFFERENT)
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A function that says on stderr what is going on, where that is a terminal."""
-    console = Console(file=sys.stderr)  # bound here: capture turns sys.stderr aside while it exports
-    if not console.is_terminal:
-        yield lambda step: None
-        return
-    with console.status("importing torch …") as status:
-        yield lambda step: status.update(Text(f"{printable(step)} …"))
 
 
 def viewer() -> Callable[[Diff], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,11 @@ def enter(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "net.py").write_text(source)
     monkeypatch.chdir(folder)
     return folder
+
+
+def command(*arguments: str) -> list[str]:
+    """The command as a process of its own."""
+    return [sys.executable, "-m", "pe_fx", *arguments]
 
 
 def error(*arguments: str) -> str:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shell import enter, error, run
+from shell import command, enter, error, run
 from torch import nn
 
 import pe_fx
@@ -345,10 +345,6 @@ def test_debug_shows_the_traceback() -> None:
 
 def test_an_unknown_option_is_a_usage_error() -> None:
     assert "No such option" in run("plan", "net.py:Net", "--bogus", code=2).stderr
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pe_fx", *arguments]
 
 
 def test_a_closed_pipe() -> None:
