@@ -1,11 +1,14 @@
-"""Weights on disk: safetensors with the plan in the metadata, read back as a whole or not at all."""
+"""Weights on disk, with the plan in the metadata, read back as a whole or not at all."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +21,28 @@ from pe_fx.api import apply
 from pe_fx.errors import PeFxError, check_one_of, first_line
 from pe_fx.files import whole_file
 from pe_fx.graph.copies import copied
+from pe_fx.tied import twin
 from pe_fx.tied.held import held_plan, uncompiled
+from pe_fx.tied.layouts import axis_of, by_target, kept_ranges, layout_of
 from pe_fx.tied.rewrite_modules import INITS
-from pe_fx.tied.twin import untie
-from pe_fx.tied.weight import MIX, drop_placeholders, is_sharded
-from pe_fx.ties import Plan
+from pe_fx.tied.weight import MIX, drop_placeholders, hands_of, is_sharded
+from pe_fx.ties import Plan, gain_of, kept_of, length
 
-PLAN = "pe_fx_plan"
-"""The key of the plan in a file's metadata."""
+PLAN, VERSION = "pe_fx_plan", "pe_fx_version"
+"""The keys of the plan, and of the version that wrote it, in a file's metadata."""
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+"""How files are called that torch.save writes."""
+
+INDEX = ".index.json"
+"""How the file is called that says which of several files holds which tensor."""
+
+SHARD = 5_000_000_000
+"""Bytes of tensors, at most, in one of several files."""
 
 
 def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a model's parameters and buffers as safetensors; of a tied model, with its plan.
+    """Writes a model's parameters and buffers; of a tied model, with its plan.
 
     >>> import tempfile, pe_fx
     >>> build = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -39,31 +52,21 @@ def save(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | No
     >>> load(file, build())[2]
     TiedLinear(in_features=8, out_features=4, bias=True, weight ← 0.weightᵀ)
 
-    Names, shapes and dtypes are those of `model.state_dict()`; a tensor with several names is written under its first.
-    `metadata` is kept in the file beside the plan. The file takes the place of an older one only when it is complete.
+    Names, shapes and dtypes are those of `model.state_dict()`. The file's name says in what form they are written: `….index.json` in
+    several files beside it, as on the hub; `.pt`, `.pth`, `.bin` or `.ckpt` as torch.save does; any other as safetensors, in which a
+    tensor with several names stands under its first. `metadata` is kept beside the plan. The file takes the place of an older one only
+    when it is complete.
     Raises `PeFxError` where the state_dict holds what is no dense tensor, or a tie leads out of the model; `OSError` where the
     file cannot be written.
     """
     plan = held_plan(uncompiled(model))
-    plans = {} if plan is None else {PLAN: plan.to_json()}
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, value in _named(model).items():
+    plans = {} if plan is None else {PLAN: plan.to_json(), **_version()}
+    values = uncompiled(model).state_dict(keep_vars=True)
+    names = values if _suffix(Path(path)) in PICKLES else _named(model)
+    for name, value in values.items():
         if not isinstance(value, Tensor) or value.is_meta or is_sharded(value) or value.layout is not torch.strided:
-            raise PeFxError(f"{name} is {_kind(value)}: a safetensors file holds dense tensors with values only")
-        value = value.detach().contiguous()
-        if value.numel() and value.untyped_storage().data_ptr() in storages:
-            value = value.clone()  # part of a tensor that is written already
-        storages.add(value.untyped_storage().data_ptr() if value.numel() else 0)
-        tensors[name] = value
-    library = _safetensors()
-    with whole_file(path) as draft:
-        try:
-            library.torch.save_file(tensors, draft, metadata={"format": "pt", **(metadata or {}), **plans})
-        except library.SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {first_line(error)}") from error
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise PeFxError(f"{path}: safetensors cannot hold this model: {first_line(error)}") from error
+            raise PeFxError(f"{name} is {_kind(value)}: a file of weights holds dense tensors with values only")
+    _write({name: values[name] for name in names}, Path(path), {"format": "pt", **(metadata or {}), **plans}, _told(values))
 
 
 def load(
@@ -81,7 +84,8 @@ def load(
     True
 
     Args:
-        path: what `save` wrote; any safetensors file; or a state_dict by torch.save, by itself or under "state_dict" or "model".
+        path: what `save` wrote; any safetensors file; a state_dict by torch.save, by itself or under "state_dict" or "model"; or the
+            index (`….index.json`) of several such files.
         model: dense or tied. It is left as it is unless `inplace`. Or what builds it, say `lambda: timm.create_model("resnet50")`: then
             there is never memory for the weights of the dense model.
         init: how a tied model takes the values of a dense file; see `pe_fx.transform`.
@@ -98,7 +102,8 @@ def load(
     """
     check_one_of("init", init, INITS)
     path = Path(path)
-    values, plan = _read(path, trust)
+    found = read(path, trust=trust)
+    values, plan = found.values, found.plan
     is_built_here = not isinstance(model, nn.Module)
     if not isinstance(model, nn.Module):
         model = _built_without_values(model)
@@ -116,7 +121,7 @@ def load(
                 f"{path} is dense, and entry={held.entries[0].treatment!r} has changed modules of the model: "
                 "load it into the dense model, and tie that by the plan, pe_fx.apply(dense, plan)"
             )
-        dense = untie(uncompiled(model))
+        dense = twin.untie(uncompiled(model))
         dense.load_state_dict(_fitting(dense, values, path))
         values = apply(dense, held, init=init, inplace=True).state_dict()
     outline = _outline(model)  # what does not fit is found on it, before the model is changed
@@ -166,28 +171,210 @@ def _give_values(model: nn.Module, state: Mapping[str, Any]) -> None:
     model.load_state_dict(given, assign=True)
 
 
+def untie(path: str | Path, to: str | Path, *, model: nn.Module | None = None, plan: Plan | None = None, trust: bool = False) -> Plan:
+    """Writes the weights in a tied file as those of the dense model, and returns the plan that they were tied by.
+
+    >>> import tempfile, pe_fx
+    >>> build = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> save(pe_fx.transform(build()), folder / "tied.safetensors")
+    >>> _ = untie(folder / "tied.safetensors", folder / "dense.safetensors")
+    >>> dense = load(folder / "dense.safetensors", build())
+    >>> torch.equal(dense[2].weight, dense[0].weight.t())
+    True
+
+    Dtypes stay. What `entry` changed in the model stays as well: such a file fits `pe_fx.untie` of the tied model.
+
+    Args:
+        path, trust: as for `load`.
+        to: as for `save`.
+        model: the dense model, whose values do not matter. Without it, the tensors are put together by their names in the plan; with it,
+            the model reads and writes them itself, and the file is checked to fit it.
+        plan: where the file holds none.
+
+    Raises:
+        PeFxError: the file is damaged, dense, or does not fit its plan or the model. OSError: it cannot be read, or `to` not written.
+    """
+    path = Path(path)
+    found = read(path, trust=trust)
+    if found.plan is not None and plan is not None:
+        raise PeFxError(f"{path} has its plan in it: give no other")
+    plan = plan or found.plan
+    if plan is None:
+        raise PeFxError(f"{path} has no plan in its metadata, which says what is tied in it: give the plan")
+    if _is_dense(found.values, plan):
+        raise PeFxError(f"{path} is dense: it holds {next(tie.target for tie in plan.ties if tie.target in found.values)}")
+    metadata = {key: value for key, value in found.metadata.items() if key not in (PLAN, VERSION)}
+    if model is None:
+        told = {module: {key: of[key] for key in of if key not in (MIX, PLAN, VERSION)} for module, of in _told(found.values).items()}
+        _write(_dense(found.values, plan, path), Path(to), metadata, told)
+        return plan
+    outline = _outline(model)
+    with _about(path):
+        apply(outline, plan, inplace=True)
+    outline.load_state_dict(_fitting(outline, found.values, path), assign=True)
+    save(twin.untie(outline, inplace=True), to, metadata=metadata)
+    return plan
+
+
+def _dense(values: Mapping[str, Any], plan: Plan, path: Path) -> dict[str, Tensor]:
+    """The weights of a tied model as those of its dense twin."""
+    targets = by_target(plan.ties)
+    kept = {name: kept_ranges(ties) for name, ties in targets.items()}
+    told = _told(values)
+    dense = dict(values)
+
+    def stored(name: str, shape: tuple[int, ...]) -> Tensor:
+        value = values.get(name)
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            has = f"has {name} as {tuple(value.shape)}, not {shape}" if isinstance(value, Tensor) else f"lacks {name}"
+            raise PeFxError(f"{path} {has}, as its plan says. Where the model writes its weights under other names, give the model")
+        return value
+
+    def whole(name: str, shape: tuple[int, ...]) -> Tensor:
+        """What is stored of a source, or of what a tie left of a weight."""
+        if not kept.get(name):
+            return stored(name, shape)
+        axis = axis_of(targets[name])
+        return stored(kept_of(name), (*shape[:axis], length(kept[name]), *shape[axis + 1 :]))
+
+    for name, ties in targets.items():
+        layout = layout_of(ties, targets, kept)
+        module, _, attribute = name.rpartition(".")
+        mixes = told.get(module, {}).get(MIX, {}).get(attribute)
+        if mixes not in (None, hands_of(layout)):
+            raise PeFxError(f"{path}: {name} has another order or other signs (mix) there than in the plan")
+        own = whole(name, ties[0].into.full_shape) if kept[name] else None
+        gains = sum(gain.count for gain in layout.gains)
+        factors = stored(gain_of(name), (gains,)) if gains else None
+        sources = [whole(tie.source, tie.of.full_shape) for tie in ties]
+        view = layout.assemble(own, sources, factors, [fitted.moves(sources[0].dtype) for fitted in layout.fitted])
+        dense[name] = view.clone(memory_format=torch.contiguous_format)
+    for name in targets:
+        for left in (kept_of(name), gain_of(name)):
+            dense.pop(left, None)
+    return dense
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file of weights holds."""
+
+    values: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    plan: Plan | None
+
+
+def read(path: str | Path, *, trust: bool = False, device: str = "cpu") -> Contents:
+    """What a file holds, or several that it is the index of; on the device "meta" without values.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "dense.safetensors"
+    >>> save(nn.Linear(4, 2), file)
+    >>> sorted(read(file).values)
+    ['bias', 'weight']
+
+    Raises `PeFxError` where it is damaged, or may run code and is not trusted; `OSError` where it cannot be read.
+    """
+    path = Path(path)
+    values, metadata = _read(path, trust, device)
+    with _about(path):
+        plan = Plan.from_json(metadata[PLAN]) if PLAN in metadata else None
+    for tie in plan.ties if plan is not None else ():
+        drop_placeholders(values, tie.target)
+    return Contents(values, metadata, plan)
+
+
 def read_plan(path: str | Path) -> Plan | None:
     """The plan in a file's metadata; None where it holds none.
 
     Raises `PeFxError` where the file or the plan is damaged.
     """
-    with _opened(Path(path)) as file:
-        return _plan_of(file, Path(path))
+    return read(path, device="meta").plan
 
 
-def _read(path: Path, trust: bool) -> tuple[Mapping[str, Any], Plan | None]:
+def is_weights(path: Path) -> bool:
+    """Whether a file is called as one of weights, or the index of several, is."""
+    return path.name.endswith((".safetensors", *PICKLES, INDEX))
+
+
+def _suffix(path: Path) -> str:
+    """That of the files of which this is the index, or of the file itself."""
+    return Path(path.name.removesuffix(INDEX)).suffix
+
+
+def _version() -> dict[str, str]:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return {VERSION: importlib.metadata.version("pe_fx")}
+    return {}
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], told: Mapping[str, Any]) -> None:
+    """In the form that the file's name asks for. `told`: what is said of each module, which torch.save keeps."""
+    if not path.name.endswith(INDEX):
+        with whole_file(path) as draft:
+            _write_one(tensors, path, draft, metadata, told)
+        return
+    stem, suffix = Path(path.name.removesuffix(INDEX)).stem, _suffix(path) or ".safetensors"
+    shards = _shards(tensors)
+    where: dict[str, str] = {}
+    with contextlib.ExitStack() as drafts:
+        index = drafts.enter_context(whole_file(path))  # entered first, it takes its place last
+        for number, shard in enumerate(shards, start=1):
+            file = path.with_name(f"{stem}-{number:05}-of-{len(shards):05}{suffix}")
+            _write_one(shard, file, drafts.enter_context(whole_file(file)), {"format": "pt"}, told)
+            where |= dict.fromkeys(shard, file.name)
+        size = sum(value.nbytes for value in tensors.values())
+        index.write_text(json.dumps({"metadata": {"total_size": size, **metadata}, "weight_map": where}, indent=2))
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD
+    for name, value in tensors.items():
+        if shards[-1] and value.nbytes > room:
+            shards.append({})
+            room = SHARD
+        shards[-1][name] = value
+        room -= value.nbytes
+    return shards
+
+
+def _write_one(tensors: Mapping[str, Tensor], path: Path, draft: Path, metadata: Mapping[str, str], told: Mapping[str, Any]) -> None:
+    if path.suffix in PICKLES:
+        state = OrderedDict((name, value.detach()) for name, value in tensors.items())
+        vars(state)["_metadata"] = OrderedDict(told) | {"": {**told.get("", {}), **metadata}}
+        torch.save(state, draft)
+        return
+    alone: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().contiguous()
+        if value.numel() and value.untyped_storage().data_ptr() in storages:
+            value = value.clone()  # part of a tensor that is written already
+        storages.add(value.untyped_storage().data_ptr() if value.numel() else 0)
+        alone[name] = value
+    library = _safetensors()
+    try:
+        library.torch.save_file(alone, draft, metadata=dict(metadata))
+    except library.SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise PeFxError(f"{path}: safetensors cannot hold this model: {first_line(error)}") from error
+
+
+def _read(path: Path, trust: bool, device: str) -> tuple[dict[str, Any], Mapping[str, str]]:
+    if path.name.endswith(INDEX):
+        return _read_shards(path, trust, device)
     with path.open("rb") as file:
         start = file.read(9)
     if path.suffix == ".safetensors" or start[8:] == b"{":
         with _opened(path) as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
-            plan = _plan_of(opened, path)
-            for tie in plan.ties if plan is not None else ():
-                drop_placeholders(tensors, tie.target)
-            return tensors, plan
+            values = {name: opened.get_tensor(name).to(device) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            return values, opened.metadata() or {}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # a training script's options, kept beside its weights
-            values = torch.load(path, map_location="cpu", weights_only=not trust)
+            values = torch.load(path, map_location=device, weights_only=not trust)
     except Exception as error:  # a damaged file raises anything
         if trust:
             raise PeFxError(f"{path} is no checkpoint: {first_line(error)}") from error
@@ -199,7 +386,24 @@ def _read(path: Path, trust: bool) -> tuple[Mapping[str, Any], Plan | None]:
         values = next((values[key] for key in ("state_dict", "model") if isinstance(values.get(key), dict)), values)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise PeFxError(f"{path} holds no weights by name, but {_kind(values)}")
-    return values, None
+    return values, {key: value for key, value in _told(values).get("", {}).items() if isinstance(value, str)}
+
+
+def _read_shards(path: Path, trust: bool, device: str) -> tuple[dict[str, Any], Mapping[str, str]]:
+    values: OrderedDict[str, Any] = OrderedDict()
+    told: dict[str, Any] = {}
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        files = [path.with_name(file) for file in dict.fromkeys(index["weight_map"].values())]
+        metadata = {key: value for key, value in index.get("metadata", {}).items() if isinstance(value, str)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PeFxError(f"{path} is no index of files beside it, or a damaged one: {first_line(error)}") from error
+    for file in files:
+        part, _ = _read(file, trust, device)
+        values |= part
+        told |= _told(part)
+    vars(values)["_metadata"] = told
+    return values, metadata
 
 
 @contextlib.contextmanager
@@ -218,12 +422,6 @@ def _safetensors() -> Any:
     except ImportError as error:
         raise PeFxError("weights are written and read with safetensors: pip install 'pe_fx[cli]'") from error
     return safetensors
-
-
-def _plan_of(file: Any, path: Path) -> Plan | None:
-    text = (file.metadata() or {}).get(PLAN)
-    with _about(path):
-        return None if text is None else Plan.from_json(text)
 
 
 @contextlib.contextmanager

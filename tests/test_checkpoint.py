@@ -268,6 +268,136 @@ def test_a_state_dict_of_another_mix(key: str | None, inplace: bool, tmp_path: P
     assert_equal(checkpoint.load(tmp_path / "signed.pth", tie(mlp, ROWS, mix="signed")), signed)
 
 
+FORMS = ("model.safetensors", "model.pt", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_keeps_values_mix_and_plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD", 10_000)
+    tied = tie(vit, IMAGE, mix="signed", gain=0.5)
+    checkpoint.save(tied, tmp_path / name, metadata={"epoch": "3"})
+    found = checkpoint.read(tmp_path / name)
+    assert (found.plan, found.metadata["epoch"]) == (held_plan(tied), "3")
+    assert_equal(checkpoint.load(tmp_path / name, vit()), tied)
+    assert (len(list(tmp_path.iterdir())) > 3) == name.endswith(checkpoint.INDEX)
+    with pytest.raises(PeFxError, match=r"does not fit this VisionTransformer: .* has another order or other signs|only one of them has"):
+        checkpoint.load(tmp_path / name, tie(vit, IMAGE))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "model.pt"])
+def test_other_libraries_read_every_form(name: str, tmp_path: Path) -> None:
+    dense = gpt2()
+    dense.config.save_pretrained(tmp_path)
+    checkpoint.save(dense, tmp_path / name)
+    assert_equal(transformers.GPT2LMHeadModel.from_pretrained(tmp_path), dense)
+
+
+def test_a_file_by_torch_save_has_every_name(tmp_path: Path) -> None:
+    dense = gpt2()
+    checkpoint.save(dense, tmp_path / "dense.pt")
+    gpt2().load_state_dict(torch.load(tmp_path / "dense.pt", weights_only=True), strict=True)
+
+
+def test_files_of_an_index_are_put_in_place_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD", 100)
+    path = tmp_path / "model.safetensors.index.json"
+    checkpoint.save(mlp(), path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    written: list[object] = []
+
+    def fail_late(*args: Any, **options: Any) -> None:
+        written.append(args)
+        if len(written) == 3:
+            raise ValueError("disk")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail_late)
+    with pytest.raises(PeFxError, match=r"model-00003-of-.*cannot hold this model"):
+        checkpoint.save(mlp(), path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+INDICES = {
+    "text": "no",
+    "a list": "[1]",
+    "no map": "{}",
+    "another folder": '{"weight_map": {"x": "../model.safetensors"}}',
+    "a number": '{"weight_map": {"x": 3}}',
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_damaged_indices(case: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(INDICES[case])
+    with pytest.raises(PeFxError, match=r"model.safetensors.index.json is no index of files beside it"):
+        checkpoint.load(tmp_path / "model.safetensors.index.json", mlp())
+
+
+# ---- tied file -> dense file, without a model
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+@pytest.mark.parametrize("name", ["tied.safetensors", "tied.pt"])
+@pytest.mark.parametrize("case", BUILDS)
+def test_a_tied_file_is_untied(case: str, name: str, with_model: bool, tmp_path: Path) -> None:
+    build, inputs, options = BUILDS[case]
+    tied = tie(build, inputs, **options)
+    checkpoint.save(tied, tmp_path / name, metadata={"epoch": "3"})
+    made = checkpoint.untie(tmp_path / name, tmp_path / "dense.pt", model=build() if with_model else None)
+    assert made == held_plan(tied)
+    found = checkpoint.read(tmp_path / "dense.pt")
+    assert (found.plan, found.metadata) == (None, {"format": "pt", "epoch": "3"})
+    twin = pe_fx.untie(tied)
+    assert_equal(checkpoint.load(tmp_path / "dense.pt", pe_fx.untie(tie(build, inputs, **options))), twin)
+    storages = [value.untyped_storage().data_ptr() for value in found.values.values() if value.numel()]
+    shared = len(storages) - len(set(storages))
+    both_names = with_model or name.endswith(".pt")
+    assert shared == (both_names and case == "gpt2, tied embeddings"), "a tensor of the file that is part of another one"
+
+
+def test_dtypes_stay_whatever_the_models_own(tmp_path: Path) -> None:
+    checkpoint.save(tie(mlp).to(torch.bfloat16), tmp_path / "tied.safetensors")
+    for model in (None, mlp()):
+        checkpoint.untie(tmp_path / "tied.safetensors", tmp_path / "dense.safetensors", model=model)
+        assert load_file(tmp_path / "dense.safetensors")["2.weight"].dtype is torch.bfloat16
+
+
+def test_a_plan_apart_from_its_weights(tmp_path: Path) -> None:
+    tied, plan = tie(mlp, ROWS, mix="signed"), pe_fx.plan(mlp(), ROWS, mix="signed")
+    torch.save(tied.state_dict(), tmp_path / "tied.pt")
+    file, to = tmp_path / "tied.pt", tmp_path / "dense.pt"
+    with pytest.raises(PeFxError, match=r"tied.pt has no plan in its metadata.*give the plan"):
+        checkpoint.untie(file, to)
+    with pytest.raises(PeFxError, match=r"tied.pt: 2.weight has another order or other signs \(mix\) there than in the plan"):
+        checkpoint.untie(file, to, plan=pe_fx.plan(mlp(), ROWS))
+    checkpoint.untie(file, to, plan=plan)
+    assert_equal(checkpoint.load(to, mlp()), pe_fx.untie(tied))
+
+
+def test_what_cannot_be_untied(tmp_path: Path) -> None:
+    def untied(values: dict[str, Tensor], **options: Any) -> None:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        save_file(values, tmp_path / "odd.safetensors", metadata=metadata)
+        checkpoint.untie(tmp_path / "odd.safetensors", tmp_path / "dense.safetensors", **options)
+
+    file = tied_file(tmp_path)
+    values = load_file(file)
+    rest = {name: value for name, value in values.items() if name != "0.weight"}
+    with pytest.raises(PeFxError, match=r"lacks 0.weight, as its plan says\. .*give the model"):
+        untied(rest)
+    with pytest.raises(PeFxError, match=r"does not fit this Sequential: it lacks 0.weight"):
+        untied(rest, model=mlp())
+    with pytest.raises(PeFxError, match=r"has 0.weight as \(17, 8\), not \(16, 8\)"):
+        untied({**values, "0.weight": torch.ones(17, 8)})
+    with pytest.raises(PeFxError, match=r"is dense: it holds 2.weight"):
+        untied({**values, "2.weight": torch.ones(8, 16)})
+    with pytest.raises(PeFxError, match="has its plan in it: give no other"):
+        checkpoint.untie(file, tmp_path / "dense.safetensors", plan=pe_fx.plan(mlp()))
+    with pytest.raises(PeFxError, match="plan does not fit this VisionTransformer"):
+        checkpoint.untie(file, tmp_path / "dense.safetensors", model=vit())
+    assert not (tmp_path / "dense.safetensors").exists()
+
+
 def test_an_untied_file_is_what_timm_loads(tmp_path: Path) -> None:
     dense = pe_fx.untie(tie(vit, IMAGE))
     checkpoint.save(dense, tmp_path / "dense.safetensors")
@@ -364,7 +494,7 @@ def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
 
 
 def test_an_unknown_init(tmp_path: Path) -> None:
-    with pytest.raises(PeFxError, match="init='bogus' is unknown; choose from 'keep', 'mean', 'reset'"):
+    with pytest.raises(PeFxError, match="init='bogus' is unknown; choose from 'keep', 'mean', 'fit', 'reset'"):
         checkpoint.load(tied_file(tmp_path), mlp(), init="bogus")
 
 
@@ -418,7 +548,7 @@ class Counter(nn.Linear):
 
 
 def test_state_that_is_no_tensor(tmp_path: Path) -> None:
-    with pytest.raises(PeFxError, match="_extra_state is a dict: a safetensors file holds dense tensors"):
+    with pytest.raises(PeFxError, match="_extra_state is a dict: a file of weights holds dense tensors"):
         checkpoint.save(Counter(2, 2), tmp_path / "counter.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -1,23 +1,21 @@
-"""pe-fx: plan, transform and diff from the command line."""
+"""The commands of pe-fx."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from pe_fx.cli.forms import CODE, FORMS
-from pe_fx.cli.options import AsJson, Debug, Inputs, Look, Misses, Spec, Ties, Trust, at_most_one, refuse, spread
+from pe_fx.cli.forms import CODE, FORMS, WEIGHTS
+from pe_fx.cli.options import AsJson, Debug, Inputs, Look, Misses, Output, Spec, Ties, Trust, at_most_one, refuse, spread
+from pe_fx.cli.progress import progress
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import whole_file
 from pe_fx.text import printable
@@ -27,7 +25,7 @@ if TYPE_CHECKING:  # what needs torch is imported by the commands: help and comp
 
 DIFFERENT, FAILED, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 
-EPILOG = "Exit codes: 0 done, 1 differences (only with diff --exit-code), 2 an error, 130 interrupted, 141 closed pipe."
+EPILOG = "Exit codes: 0 done, 1 differences (with verify, and diff --exit-code), 2 an error, 130 interrupted, 141 closed pipe."
 
 app = typer.Typer(
     name="pe-fx",
@@ -37,6 +35,8 @@ app = typer.Typer(
 pe-fx plan timm:deit_small_patch16_224
 pe-fx diff timm:resnet50 --side-by-side
 pe-fx transform timm:resnet50 -o tied.safetensors
+pe-fx verify timm:resnet50 --checkpoint tied.safetensors
+pe-fx untie tied.safetensors -o dense.safetensors
 
 A model is {FORMS}. {CODE}
 """,
@@ -130,11 +130,11 @@ def plan_command(
 def transform_command(
     *,
     spec: Spec,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The tied weights, as safetensors.", show_default=False)],
+    output: Output,
     input: Inputs = None,
     trust: Trust = False,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", metavar="FILE", help="Dense weights, .safetensors or .pt; random where left out.")
+        Path | None, typer.Option("--checkpoint", metavar="FILE", help=f"Dense weights: {WEIGHTS}. Random where left out.")
     ] = None,
     init: Annotated[str, typer.Option("--init", metavar="HOW", help="A shared matrix's values: keep, mean, fit or reset.")] = "keep",
     ties: Ties,
@@ -156,6 +156,109 @@ def transform_command(
     if not made.sites:
         print("pe-fx: warning: nothing could be tied; pe-fx plan --misses says why", file=sys.stderr)
     print(f"{printable(str(output))}: {len(made.sites)} sites, {made.params_before:,} → {made.params_after:,} parameters", file=sys.stderr)
+
+
+@app.command("untie", epilog=EPILOG)
+@reported
+@spread
+def untie_command(
+    *,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=f"Tied weights: {WEIGHTS}.", show_default=False)],
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SPEC",
+            help="The dense model, where the result is to be checked to fit it, or has names that the plan does not know.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Output,
+    trust: Trust = False,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="The plan, where the weights come without it.")] = None,
+) -> None:
+    """Write tied weights as those of the dense model.
+
+    They are put together by the plan in the file; the model itself is not needed.
+
+    \b
+    pe-fx untie tied.safetensors -o dense.safetensors
+    pe-fx untie tied.safetensors timm:resnet50 -o dense.safetensors
+    pe-fx untie tied.pt --plan plan.json -o dense.pt
+    """
+    with progress() as say:
+        from pe_fx.cli import jobs
+
+        made = jobs.write_untied(jobs.Models((), trust, say), file, output, spec, jobs.read_plan(plan))
+    if made.entries:
+        stays = f"{len(made.entries)} blocks stay as entry={made.entries[0].treatment} made them"
+        print(f"pe-fx: warning: {stays}: these weights fit what pe_fx.untie makes of the tied model", file=sys.stderr)
+    print(f"{printable(str(output))}: {len(made.sites)} sites, {made.params_after:,} → {made.params_before:,} parameters", file=sys.stderr)
+
+
+@app.command("verify", epilog=EPILOG)
+@reported
+@spread
+def verify_command(
+    *,
+    spec: Spec,
+    input: Inputs = None,
+    trust: Trust = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", metavar="FILE", help=f"Weights, tied or dense: {WEIGHTS}. Random where left out."),
+    ] = None,
+    ties: Ties,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", metavar="ERROR", help="The largest relative error, by default 1e-4; more in half precision."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a tied model with its dense twin: outputs and gradients, in train and in eval mode.
+
+    \b
+    pe-fx verify timm:deit_small_patch16_224
+    pe-fx verify timm:resnet50 --checkpoint tied.safetensors
+    pe-fx verify my_models.py:build --input 1x3x64x64 --rules mlp --mix signed && echo equal
+    """
+    options = ties.options()
+    with progress() as say:
+        from pe_fx.cli import jobs
+
+        models = jobs.Models(input or (), trust, say)
+        found = jobs.verified(models, spec, options, jobs.read_plan(ties.plan), checkpoint, tolerance)
+    print(printable(found.to_json(), as_json=True) if as_json else "\n".join(map(printable, str(found).split("\n"))))
+    if not found:
+        raise typer.Exit(DIFFERENT)
+
+
+@app.command("info", epilog=EPILOG)
+@reported
+@spread
+def info_command(
+    *,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=f"A plan, .json, or tied weights: {WEIGHTS}.", show_default=False)],
+    misses: Misses = False,
+    as_json: AsJson = False,
+    look: Look,
+) -> None:
+    """Show the plan in a tied file, or in one that pe-fx plan wrote: sites, savings, options, versions.
+
+    \b
+    pe-fx info tied.safetensors
+    pe-fx info plan.json --json
+    """
+    with progress():
+        from pe_fx.cli import jobs
+        from pe_fx.diff import report
+
+        found = jobs.described(file)
+    if as_json:
+        print(printable(found.to_json(), as_json=True))
+    else:
+        look.show(report.facts(found.facts()))
+        look.show("")
+        look.show(report.plan_report(found.plan, every_miss=misses))
 
 
 @app.command("diff", epilog=EPILOG)
@@ -231,17 +334,6 @@ def diff_command(
             print(terminal.summary(found).plain, file=sys.stderr)
     if exit_code and found:
         raise typer.Exit(DIFFERENT)
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A function that says on stderr what is going on, where that is a terminal."""
-    console = Console(file=sys.stderr)  # bound here: capture turns sys.stderr aside while it exports
-    if not console.is_terminal:
-        yield lambda step: None
-        return
-    with console.status("importing torch …") as status:
-        yield lambda step: status.update(Text(f"{printable(step)} …"))
 
 
 def viewer() -> Callable[[Diff], None]:

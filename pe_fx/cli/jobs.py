@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pe_fx
 from pe_fx import checkpoint
+from pe_fx.cli.options import refuse
 from pe_fx.cli.specs import Loaded, load
 from pe_fx.diff import Diff, Graph, compare, diff_transform, page, picture
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import check_writable
-from pe_fx.ties import Plan
+from pe_fx.tied.held import held_plan
+from pe_fx.tied.twin import Report
+from pe_fx.ties import SCHEMA_VERSION, Plan
+
+SPEC = "pe_fx_spec"
+"""The key, in a file's metadata, of the spec whose model it was made from."""
 
 Result = TypeVar("Result")
 Say = Callable[[str], None]
@@ -69,12 +76,97 @@ def write_tied(
         if weights is not None:
             models.say(f"reading {weights}")
             checkpoint.load(weights, loaded.model, inplace=True, trust=models.trust)
-        models.say("planning")
-        made = pe_fx.plan(loaded.model, loaded.example_inputs, **options) if read is None else read
-        tied = pe_fx.apply(loaded.model, made, init=init, inplace=True)
+        made = _tied(models, loaded, options, read, init)
         models.say(f"writing {output}")
-        checkpoint.save(tied, output, metadata={"pe_fx_spec": spec})
+        checkpoint.save(loaded.model, output, metadata={SPEC: spec})
     return made
+
+
+def _tied(models: Models, loaded: Loaded, options: dict[str, Any], read: Plan | None, init: str = "keep") -> Plan:
+    """Ties the model itself; returns the plan."""
+    models.say("planning")
+    made = pe_fx.plan(loaded.model, loaded.example_inputs, **options) if read is None else read
+    pe_fx.apply(loaded.model, made, init=init, inplace=True)
+    return made
+
+
+def write_untied(models: Models, file: Path, output: Path, spec: str | None, read: Plan | None) -> Plan:
+    """Writes a tied file's weights as those of the dense model; returns the plan that they were tied by."""
+    check_writable(output)
+    loaded = None if spec is None else models.built(spec)
+    models.say(f"untying {file}")
+    with contextlib.nullcontext() if loaded is None else loaded.home.entered():
+        return checkpoint.untie(file, output, model=None if loaded is None else loaded.model, plan=read, trust=models.trust)
+
+
+def verified(
+    models: Models, spec: str, options: dict[str, Any], read: Plan | None, weights: Path | None, tolerance: float | None
+) -> Report:
+    """Compares the model, tied as its weights say or else by the options, with its dense twin."""
+    loaded = models.built(spec, on_meta=False)
+    with loaded.home.entered():
+        if weights is not None:
+            models.say(f"reading {weights}")
+            checkpoint.load(weights, loaded.model, inplace=True, trust=models.trust)
+        if held_plan(loaded.model) is None:
+            _tied(models, loaded, options, read)
+        else:
+            refuse(f"{weights or spec} is tied, by the plan in it", [*options, *(["plan"] if read else [])])
+        models.say("comparing it with its dense twin")
+        return pe_fx.verify(loaded.model, loaded.example_inputs, tolerance=tolerance)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A plan, and what is known of the file that it was found in; `tensors` where that holds weights, the number and bytes by dtype."""
+
+    file: Path
+    plan: Plan
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, tuple[int, int]] | None
+
+    def facts(self) -> dict[str, str]:
+        """As text, by what they are about."""
+        held = [f"{count:,} of {dtype}, {size:,} bytes" for dtype, (count, size) in (self.tensors or {}).items()]
+        by = f"pe_fx {self.metadata[checkpoint.VERSION]}, " if checkpoint.VERSION in self.metadata else ""
+        named = {
+            "model" if key == SPEC else key: value for key, value in self.metadata.items() if key not in (checkpoint.VERSION, "format")
+        }
+        return {
+            "file": str(self.file),
+            **({"tensors": "; ".join(held)} if held else {}),
+            **named,
+            "plan": f"{by}schema version {SCHEMA_VERSION}, captured by {self.plan.capture}",
+            "options": "; ".join(f"{name} {_option(value)}" for name, value in self.plan.options.items() if value is not None),
+        }
+
+    def to_json(self) -> str:
+        held = None if self.tensors is None else {dtype: {"tensors": count, "bytes": size} for dtype, (count, size) in self.tensors.items()}
+        versions = {"plan": SCHEMA_VERSION, "pe_fx": self.metadata.get(checkpoint.VERSION)}
+        body = {"file": str(self.file), "tensors": held, "versions": versions, "metadata": dict(self.metadata)}
+        return json.dumps(body | {"plan": json.loads(self.plan.to_json())})
+
+
+def described(file: Path) -> Described:
+    """Raises `PeFxError` where the file holds no plan."""
+    if not checkpoint.is_weights(file):
+        return Described(file, _plan_in(file), {}, None)
+    found = checkpoint.read(file, device="meta")
+    if found.plan is None:
+        raise PeFxError(f"{file} {_NO_PLAN}")
+    tensors: dict[str, tuple[int, int]] = {}
+    for value in found.values.values():
+        dtype = str(value.dtype).removeprefix("torch.")
+        count, size = tensors.get(dtype, (0, 0))
+        tensors[dtype] = (count + 1, size + value.nbytes)
+    metadata = {key: value for key, value in found.metadata.items() if key != checkpoint.PLAN}
+    return Described(file, found.plan, metadata, tensors)
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = [f"{key}={item}" for key, item in value.items()]
+    return ", ".join(map(str, value)) or "none" if isinstance(value, Sequence) and not isinstance(value, str) else str(value).lower()
 
 
 def diff_of_transform(models: Models, spec: str, options: dict[str, Any], read: Plan | None) -> Diff:
@@ -100,15 +192,22 @@ def diff_of_two(models: Models, first: str, second: str) -> Diff:
     return compare(before, after)
 
 
+_NO_PLAN = "has no plan in its metadata: pe-fx transform writes one"
+
+
 def read_plan(path: Path | None) -> Plan | None:
     """A plan from JSON, or from the metadata of a tied model's weights."""
     if path is None:
         return None
-    if path.suffix == ".safetensors":
-        held = checkpoint.read_plan(path)
-        if held is None:
-            raise PeFxError(f"{path} has no plan in its metadata: pe-fx transform writes one")
-        return held
+    if not checkpoint.is_weights(path):
+        return _plan_in(path)
+    held = checkpoint.read_plan(path)
+    if held is None:
+        raise PeFxError(f"{path} {_NO_PLAN}")
+    return held
+
+
+def _plan_in(path: Path) -> Plan:
     try:
         return Plan.from_json(path.read_text())
     except (PeFxError, UnicodeDecodeError) as error:

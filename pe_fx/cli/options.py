@@ -16,7 +16,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from pe_fx.cli.forms import CODE, FORMS, KINDS
+from pe_fx.cli.forms import CODE, FORMS, KINDS, WEIGHTS
 from pe_fx.errors import PeFxError
 from pe_fx.text import sizes_in
 
@@ -37,6 +37,7 @@ Trust = Annotated[
         "Without it they are read as data, and refused where they are more. For files whose maker you trust.",
     ),
 ]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help=f"The weights: {WEIGHTS}.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 Misses = Annotated[bool, typer.Option("--misses", help="Say of every near miss why it is none.")]
 Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the traceback.")]

@@ -2,10 +2,12 @@
 
 timm:NAME[,key=value…]              torchvision:NAME[,key=value…]
 transformers:MODEL_TYPE[,key=value…]    from its configuration, with random weights
+diffusers:CLASS[,key=value…]        likewise, from its constructor's defaults
+hf:FOLDER[,key=value…]              a local folder of the hub: transformers' config.json and the weights beside it
 package.module:callable[,key=value…]    path/file.py:callable[,key=value…]
 model.pt2                           an exported program
 
-A callable is code, which runs. An exported program is data, and read as such.
+A callable is code, which runs. An exported program is data, and read as such, as is a folder of the hub.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ from pe_fx.cli.forms import FORMS
 from pe_fx.cli.home import KEPT, Home
 from pe_fx.errors import PeFxError, first_line
 from pe_fx.graph.inputs import ExampleInputs
+
+Build = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,14 @@ def load(spec: str, inputs: Sequence[str] = (), *, on_meta: bool = False, trust:
     options = dict(map(_option, arguments))
     home = Home()
     if source in _LIBRARIES:
-        build = _LIBRARIES[source](name)
+        library = _LIBRARIES[source](name, trust)
         with contextlib.nullcontext() if trust else _weights_alone():
-            model = _built(spec, build, options, on_meta)
+            model = _built(spec, library.build, options, (library.outline or library.build) if on_meta else None)
     else:
         home, module = _at_home(Path(source)) if py else (Home(Path.cwd()), source)
         with home.entered():  # also for what is imported while it is built
             found = _from_file(module, Path(source)) if py else _from_package(module)
-            model = _built(spec, _callable(found, source, name), options, on_meta=False)
+            model = _built(spec, _callable(found, source, name), options)
     like = next(iter(model.parameters()), torch.empty(0))
     return Loaded(spec, model, parse_inputs(inputs, like.device), home)
 
@@ -140,14 +144,15 @@ def _option(text: str) -> tuple[str, Any]:
     return key, {"true": True, "false": False, "none": None}.get(value.lower(), value)
 
 
-def _built(spec: str, build: Callable[..., Any], options: dict[str, Any], on_meta: bool) -> nn.Module:
-    if on_meta:
+def _built(spec: str, build: Build, options: dict[str, Any], outline: Build | None = None) -> nn.Module:
+    """By `outline` on the meta device, where that works."""
+    if outline is not None:
         with contextlib.suppress(Exception), torch.device("meta"):  # some constructors compute with values
-            return _checked(spec, build(**options))
+            return _checked(spec, outline(**options))
     try:
         made = build(**options)
     except Exception as error:  # whatever a model's constructor raises
-        raise PeFxError(f"{spec} could not be built: {first_line(error)}") from error
+        raise PeFxError(f"{spec} could not be built: {error if isinstance(error, PeFxError) else first_line(error)}") from error
     return _checked(spec, made)
 
 
@@ -171,31 +176,80 @@ def _weights_alone() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _timm(name: str) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class _Library:
+    """How a library's model is built, and how on the meta device, where that is another way."""
+
+    build: Build
+    outline: Build | None = None
+
+
+def _timm(name: str, trust: bool) -> _Library:
     timm = _imported("timm", "pip install 'pe_fx[timm]'")
     if not timm.is_model(name.partition(".")[0]):
         raise _unknown("timm", name, timm.list_models())
-    return lambda **options: timm.create_model(name, pretrained=False, **options)
+    return _Library(lambda **options: timm.create_model(name, pretrained=False, **options))
 
 
-def _torchvision(name: str) -> Callable[..., Any]:
+def _torchvision(name: str, trust: bool) -> _Library:
     models = _imported("torchvision", "pip install torchvision").models
     if name not in models.list_models():
         raise _unknown("torchvision", name, models.list_models())
     builder = models.get_model_builder(name)
     without = {key: None for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters}
-    return lambda **options: builder(**without | options)
+    return _Library(lambda **options: builder(**without | options))
 
 
-def _transformers(name: str) -> Callable[..., Any]:
+def _transformers(name: str, trust: bool) -> _Library:
     transformers = _imported("transformers", "pip install transformers")
     known = list(transformers.CONFIG_MAPPING)
     if name not in known:
         raise _unknown("transformers", name, known)
-    return lambda **options: transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **options))
+    return _Library(lambda **options: transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **options)))
 
 
-_LIBRARIES: dict[str, Callable[[str], Callable[..., Any]]] = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}
+def _diffusers(name: str, trust: bool) -> _Library:
+    diffusers = _imported("diffusers", "pip install diffusers")
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise _unknown("diffusers", name, dir(diffusers.models))
+    return _Library(found)
+
+
+def _folder(name: str, trust: bool) -> _Library:
+    """The class that the configuration names, else the library's choice for its type."""
+    if not (Path(name) / "config.json").is_file():
+        raise PeFxError(f"{name} is no folder with a config.json")
+    transformers = _imported("transformers", "pip install transformers")
+    told = {"local_files_only": True, "trust_remote_code": trust}
+
+    def chosen(options: dict[str, Any]) -> tuple[Any, Any]:
+        config = transformers.AutoConfig.from_pretrained(name, **told, **options)
+        named = [getattr(transformers, each, None) for each in config.architectures or ()]
+        return next(filter(None, named), transformers.AutoModel), config
+
+    def build(**options: Any) -> Any:
+        cls, config = chosen(options)
+        model, found = cls.from_pretrained(name, config=config, output_loading_info=True, **told)
+        lacking = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
+        if lacking:
+            raise PeFxError(f"the weights there do not fit a {type(model).__name__}: they lack {', '.join(lacking[:3])}")
+        return model
+
+    def outline(**options: Any) -> Any:
+        cls, config = chosen(options)
+        return cls.from_config(config, trust_remote_code=trust) if cls is transformers.AutoModel else cls(config)
+
+    return _Library(build, outline)
+
+
+_LIBRARIES: dict[str, Callable[[str, bool], _Library]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
+    "diffusers": _diffusers,
+    "hf": _folder,
+}
 
 
 def _imported(module: str, hint: str) -> Any:

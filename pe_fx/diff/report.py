@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -41,6 +41,16 @@ def plan_report(plan: Plan, *, every_miss: bool = False) -> RenderableType:
     parts.append(Text(f"{count}; {plan.params_before:,} → {plan.params_after:,} parameters{share}{near}", "bold"))
     parts += [Text(ONE_PATH)] if plan.capture == "run" else []
     return Group(*parts)
+
+
+def facts(told: Mapping[str, str]) -> RenderableType:
+    """One line for each, under one another."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, text in legible(dict(told)).items():
+        table.add_row(name, text)
+    return table
 
 
 def stage_of(module: str) -> str:

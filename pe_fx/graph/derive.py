@@ -22,12 +22,13 @@ BATCH, FRAMES = 2, 16
 
 SETTINGS = {  # what configurations call a thing
     "configuration": ("config", "cfg", "pretrained_cfg"),
-    "image": ("image_size", "img_size", "input_size", "crop_size"),
+    "image": ("image_size", "img_size", "input_size", "crop_size", "sample_size"),
     "channels": ("num_channels", "in_channels", "in_chans"),
     "patch": ("patch_size",),
     "vocabulary": ("vocab_size",),
     "rate": ("sampling_rate", "sample_rate"),
     "bins": ("num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel", "feature_projection_input_dim"),
+    "context": ("cross_attention_dim", "joint_attention_dim"),
     "frames": ("max_source_positions", "max_length"),
 }
 
@@ -51,14 +52,18 @@ def derive_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
 
 
 def _variants(takes: Mapping[str, inspect.Parameter]) -> Iterator[tuple[str, ...]]:
-    """Which of the inputs whose names say what they are may go together: text, images or sound, and one of these beside text."""
-    required = [name for name in _MAKERS if name in takes and takes[name].default is inspect.Parameter.empty]
+    """Which of the inputs whose names say what they are may go together: text, images or sound, and one of these beside text; or
+    several that must be given."""
+    must = [name for name, own in takes.items() if own.default is own.empty and own.kind is own.POSITIONAL_OR_KEYWORD]
+    if len(must) > 1 and all(name in _MAKERS for name in must):
+        yield tuple(must)
+    required = [name for name in must if name in _SURE]
     text = [name for name in ("input_ids",) if name in takes]
     media = [name for name in ("pixel_values", "input_values", "input_features") if name in takes]
     first = [text] if text else [[name] for name in media]
     beside = [name for name in ("attention_mask", "decoder_input_ids") if name in takes]
     for chosen in (*first, *([*one, name] for name in beside for one in first), *([*text, name] for name in media if text)):
-        yield tuple(name for name in _MAKERS if name in (*required, *chosen))
+        yield tuple(name for name in _SURE if name in (*required, *chosen))
 
 
 class _Maker:
@@ -132,6 +137,12 @@ class _Maker:
             yield self.random(_rows(given), bins, length)
             yield self.random(_rows(given), length, bins)
 
+    def steps(self, given: Mapping[str, Any]) -> Iterator[Tensor]:
+        yield self.like.new_ones(_rows(given))
+
+    def context(self, given: Mapping[str, Any]) -> Iterator[Tensor]:
+        return (self.random(_rows(given), 16, width) for width in self.numbers("context"))
+
     def _channels(self) -> int:
         first = next((module.in_channels for module in self.model.modules() if isinstance(module, nn.Conv2d)), None)
         return next(iter(self.numbers("channels")), 3) if first is None else first
@@ -173,13 +184,20 @@ class _Maker:
             return
 
 
-_MAKERS: dict[str, Callable[[_Maker, Mapping[str, Any]], Iterator[Tensor]]] = {  # what forward calls an input
+_SURE: dict[str, Callable[[_Maker, Mapping[str, Any]], Iterator[Tensor]]] = {  # what forward calls an input
     "input_ids": _Maker.ids,
     "attention_mask": _Maker.mask,
     "decoder_input_ids": _Maker.decoder_ids,
     "pixel_values": _Maker.images,
     "input_values": _Maker.sound,
     "input_features": _Maker.spectra,
+}
+_MAKERS = _SURE | {  # likewise, where it must be given others beside it
+    "sample": _Maker.images,
+    "image1": _Maker.images,
+    "image2": _Maker.images,
+    "timestep": _Maker.steps,
+    "encoder_hidden_states": _Maker.context,
 }
 
 

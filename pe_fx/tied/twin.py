@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -82,6 +84,11 @@ class Report:
 
     def __bool__(self) -> bool:
         return bool(self.comparisons) and self.worst <= self.tolerance
+
+    def to_json(self) -> str:
+        """The same as JSON text; an error that is no number is null."""
+        rows = [asdict(c) | {"error": c.error if math.isfinite(c.error) else None} for c in self.comparisons]
+        return json.dumps({"equal": bool(self), "tolerance": self.tolerance, "comparisons": rows, "notes": self.notes})
 
     def __str__(self) -> str:
         rows = [(c.mode, c.quantity, f"{c.error:.1e}", c.worst) for c in self.comparisons]

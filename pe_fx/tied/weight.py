@@ -150,6 +150,11 @@ MIX = "pe_fx_mix"
 """The key of the mix in what a state_dict tells of a tied module."""
 
 
+def hands_of(layout: Layout) -> list[int | None]:
+    """How a weight's parts are mixed."""
+    return [None if view.mix is None else view.mix.mark for view in layout.views]
+
+
 class Chosen:
     """The mark of a module: what of its parameters is tied has been decided, also of those that are in no tie.
 
@@ -213,10 +218,7 @@ class Tied(Derived):
         return self
 
     def _mixes(self) -> dict[str, list[int | None]]:
-        return {
-            name: [None if view.mix is None else view.mix.mark for view in weight.layout.views]
-            for name, weight in self.tied_weights.items()
-        }
+        return {name: hands_of(weight.layout) for name, weight in self.tied_weights.items()}
 
     def _left(self) -> dict[str, nn.Parameter]:
         """What is stored of tied weights, which the module's own class knows nothing of."""

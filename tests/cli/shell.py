@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,17 @@ def enter(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "net.py").write_text(source)
     monkeypatch.chdir(folder)
     return folder
+
+
+def command(*arguments: str) -> list[str]:
+    """The command as a process of its own."""
+    return [sys.executable, "-m", "pe_fx", *arguments]
+
+
+def error(*arguments: str) -> str:
+    """The one line that a command which cannot work leaves on stderr."""
+    result = run(*arguments, code=2)
+    assert not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("pe-fx: error: ")
+    return line

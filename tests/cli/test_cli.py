@@ -17,11 +17,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shell import enter, run
+from shell import command, enter, error, run
 from torch import nn
 
 import pe_fx
+from pe_fx import checkpoint
 from pe_fx.cli.forms import KINDS
+from pe_fx.cli.specs import load
 from pe_fx.passes import DEFAULT_RULES
 from pe_fx.ties import ONE_PATH
 
@@ -66,15 +68,6 @@ def slow():
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return enter(tmp_path, SOURCE, monkeypatch)
-
-
-def error(*arguments: str) -> str:
-    """The one line that a command which cannot work leaves on stderr."""
-    result = run(*arguments, code=2)
-    assert not result.stdout
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("pe-fx: error: ")
-    return line
 
 
 def files(folder: Path) -> set[str]:
@@ -135,9 +128,9 @@ def test_options_of_the_plan() -> None:
 
 def test_a_plan_brings_its_own_options() -> None:
     run("plan", "net.py:Net", "-o", "plan.json")
-    for command in (["plan"], ["diff"], ["transform", "-o", "tied.safetensors"]):
+    for given in (["plan"], ["diff"], ["transform", "-o", "tied.safetensors"]):
         assert "leave out --entry, --include" in error(
-            *command, "net.py:Net", "--plan", "plan.json", "--include", "blocks.1", "--entry", "keep"
+            *given, "net.py:Net", "--plan", "plan.json", "--include", "blocks.1", "--entry", "keep"
         )
 
 
@@ -160,16 +153,32 @@ def test_transform_writes_weights_and_plan(folder: Path) -> None:
     assert files(folder) == {"net.py", "tied.safetensors"}
 
 
-@pytest.mark.parametrize("name", ["dense.safetensors", "dense.pt"])
+@pytest.mark.parametrize("name", ["dense.safetensors", "dense.pt", "dense.bin", "dense.safetensors.index.json", "dense.bin.index.json"])
 def test_transform_of_a_checkpoint(name: str) -> None:
     weights = {"weight": torch.randn(3, 3), "bias": torch.randn(3)}
-    if name.endswith(".pt"):
-        torch.save({"state_dict": weights}, name)
-    else:
-        save_file(weights, name)
+    files = {name: weights}
+    if name.endswith(".index.json"):
+        files = {f"{key}{Path(name.removesuffix('.index.json')).suffix}": {key: value} for key, value in weights.items()}
+        Path(name).write_text(json.dumps({"weight_map": dict(zip(weights, files, strict=True))}))
+    for file, part in files.items():
+        (save_file if file.endswith(".safetensors") else torch.save)(part, file)
     result = run("transform", "net.py:plain", "--checkpoint", name, "-o", "tied.safetensors")
     assert "nothing could be tied" in result.stderr
     assert torch.equal(load_file("tied.safetensors")["weight"], weights["weight"])
+
+
+def test_values_and_variants_of_a_transform() -> None:
+    run("transform", "net.py:Net,depth=1", "--include", "head", "-o", "dense.pt")
+    dense = torch.load("dense.pt", weights_only=True)
+    arguments = ["net.py:Net,depth=1", "--checkpoint", "dense.pt", "--init", "mean", "--mix", "signed", "--gain", "1"]
+    run("transform", *arguments, "-o", "tied.bin")
+    tied = torch.load("tied.bin", weights_only=True)
+    model = load("net.py:Net,depth=1").model
+    model.load_state_dict(dense)
+    expected = pe_fx.transform(model, init="mean", mix="signed", gain=1.0).state_dict()
+    assert torch.equal(tied["blocks.0.2.weight_gain"], torch.ones(8))
+    assert list(tied) == list(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in tied.items())
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(folder: Path) -> None:
@@ -227,8 +236,8 @@ def test_diff_in_colours_on_request() -> None:
 
 
 def test_an_unknown_color_is_refused_before_the_work(folder: Path) -> None:
-    for command in (["plan", "-o", "plan.json"], ["diff", "--html", "diff.html"]):
-        assert "--color some: choose from auto, always, never" in error(*command, "net.py:Net", "--color", "some")
+    for given in (["plan", "-o", "plan.json"], ["diff", "--html", "diff.html"]):
+        assert "--color some: choose from auto, always, never" in error(*given, "net.py:Net", "--color", "some")
     assert files(folder) == {"net.py"}
 
 
@@ -311,8 +320,8 @@ def test_help_teaches_by_example() -> None:
     shown = run("--help").stdout
     assert "pe-fx plan timm:deit_small_patch16_224" in shown
     assert "Exit codes: 0 done, 1 differences" in " ".join(shown.split())
-    for command in ("plan", "transform", "diff"):
-        assert f"  pe-fx {command} timm:" in run(command, "--help").stdout
+    for name in ("plan", "transform", "diff", "verify"):
+        assert f"  pe-fx {name} timm:" in run(name, "--help").stdout
 
 
 def test_help_comes_at_once_and_knows_the_rules() -> None:
@@ -340,10 +349,6 @@ def test_debug_shows_the_traceback() -> None:
 
 def test_an_unknown_option_is_a_usage_error() -> None:
     assert "No such option" in run("plan", "net.py:Net", "--bogus", code=2).stderr
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pe_fx", *arguments]
 
 
 def test_a_closed_pipe() -> None:

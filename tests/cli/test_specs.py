@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pe_fx import PeFxError
@@ -88,6 +91,7 @@ def test_an_absolute_path(folder: Path) -> None:
         ("timm:resnet18,layers=(1,1,1,1)", "ResNet"),
         ("torchvision:resnet18,num_classes=3", "ResNet"),
         ("transformers:bert,num_hidden_layers=1,vocab_size=50,hidden_size=16,num_attention_heads=2,intermediate_size=32", "BertModel"),
+        ("diffusers:AutoencoderKL,block_out_channels=(32,),latent_channels=2", "AutoencoderKL"),
     ],
 )
 def test_libraries_on_the_meta_device_and_off_it(spec: str, name: str) -> None:
@@ -95,6 +99,65 @@ def test_libraries_on_the_meta_device_and_off_it(spec: str, name: str) -> None:
         model = load(spec, on_meta=on_meta).model
         assert type(model).__name__ == name
         assert all(parameter.is_meta == on_meta for parameter in model.parameters())
+
+
+@pytest.fixture
+def hub(folder: Path) -> transformers.GPT2LMHeadModel:
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model.save_pretrained(folder / "hub")
+    return model
+
+
+def test_a_folder_of_the_hub_brings_its_weights_where_they_are_needed(hub: nn.Module) -> None:
+    loaded, outline = load("hf:hub"), load("hf:hub", on_meta=True)
+    assert type(loaded.model) is type(outline.model) is type(hub)
+    assert all(torch.equal(value, hub.state_dict()[name]) for name, value in loaded.model.state_dict().items())
+    assert all(parameter.is_meta for parameter in outline.model.parameters())
+    assert not any(torch.equal(value, value * 0) for value in loaded.model.state_dict().values() if value.dim() > 1)
+
+
+def test_a_folder_whose_class_is_not_named(hub: nn.Module, folder: Path) -> None:
+    config = json.loads((folder / "hub" / "config.json").read_text())
+    (folder / "hub" / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    for on_meta in (False, True):
+        assert type(load("hf:hub", on_meta=on_meta).model).__name__ == "GPT2Model"
+
+
+def test_a_folder_that_lacks_weights(hub: nn.Module, folder: Path) -> None:
+    weights = load_file(folder / "hub" / "model.safetensors")
+    weights.pop("transformer.h.0.mlp.c_fc.weight")
+    save_file(weights, folder / "hub" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PeFxError, match=r"hf:hub could not be built: the weights there do not fit a GPT2LMHeadModel: .*c_fc\.weight"):
+        load("hf:hub")
+    (folder / "hub" / "model.safetensors").unlink()
+    with pytest.raises(PeFxError, match="hf:hub could not be built: OSError"):
+        load("hf:hub")
+
+
+def test_the_code_of_a_folder_does_not_run(hub: nn.Module, folder: Path) -> None:
+    config = json.loads((folder / "hub" / "config.json").read_text()) | {"architectures": ["Odd"], "model_type": "odd"}
+    (folder / "hub" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "odd.Config", "AutoModel": "odd.Odd"}}))
+    (folder / "hub" / "odd.py").write_text(ODD)
+    for on_meta in (False, True):
+        with pytest.raises(PeFxError, match="hf:hub could not be built: ValueError"):
+            load("hf:hub", on_meta=on_meta)
+    assert not (folder / "ran").exists()
+    load("hf:hub", on_meta=True, trust=True)
+    assert (folder / "ran").exists()
+
+
+ODD = """
+from pathlib import Path
+from transformers import GPT2Config, GPT2Model
+Path("ran").touch()
+
+class Config(GPT2Config):
+    model_type = "odd"
+
+class Odd(GPT2Model):
+    config_class = Config
+"""
 
 
 def test_torchvision_downloads_no_backbone() -> None:
@@ -119,6 +182,11 @@ WRONG = {
     "timm:resnet18,nonsense=3": "could not be built: TypeError",
     "torchvision:resnt50": "did you mean resnet50",
     "transformers:brt": "did you mean bert",
+    "diffusers:UNet2DConditionModl": "diffusers knows no 'UNet2DConditionModl'; did you mean UNet2DConditionModel",
+    "diffusers:UNet2DConditionModel,width=3": "could not be built: TypeError",
+    "hf:nowhere": "nowhere is no folder with a config.json",
+    "hf:zoo_package": "zoo_package is no folder with a config.json",
+    "hf:bert-base-uncased": "bert-base-uncased is no folder with a config.json",
     "tim:resnet50": "Python knows no 'tim'; did you mean timm",
     "zoo_package.modells:build": "Python knows no 'zoo_package.modells'",
     "zoo_file.modells:build": "Python knows no 'zoo_file.modells'",

@@ -101,6 +101,38 @@ def test_derived_from_transformers() -> None:
     assert {site.kind for site in pe_fx.plan(model).sites} == {"attention", "mlp"}
 
 
+class Denoiser(nn.Module):
+    """As diffusers' models are called."""
+
+    config: ClassVar = {"sample_size": 32, "cross_attention_dim": 6}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.context = nn.Conv2d(5, 8, 1), nn.Linear(6, 8)
+        self.fc1, self.fc2 = linear(8, 16), linear(16, 8)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.patches(sample).mean((2, 3)) + self.context(encoder_hidden_states).mean(1)
+        return self.fc2(self.fc1(x).relu()) * timestep[:, None]
+
+
+def test_derived_for_what_must_be_given_together() -> None:
+    captured = capture(Denoiser())
+    shapes = {name: tuple(value.shape) for name, value in captured.example_inputs.items()}
+    assert shapes == {"sample": (2, 5, 32, 32), "timestep": (2,), "encoder_hidden_states": (2, 16, 6)}
+
+
+class Alone(nn.Sequential):
+    """A name that says nothing by itself."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return super().forward(sample)
+
+
+def test_derived_for_the_first_layer_whatever_its_input_is_called() -> None:
+    assert derived(Alone(linear(8, 16))).shape == (2, 8)
+
+
 class TextAndImage(nn.Module):
     dummy_inputs: ClassVar = {"input_ids": torch.ones(3, 5, dtype=torch.long)}
 
