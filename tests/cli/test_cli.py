@@ -21,7 +21,6 @@ from shell import command, enter, error, run
 from torch import nn
 
 import pe_fx
-from pe_fx import checkpoint
 from pe_fx.cli.forms import KINDS
 from pe_fx.cli.specs import load
 from pe_fx.passes import DEFAULT_RULES
