@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import importlib
 import inspect
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -39,8 +39,8 @@ from pe_fx.ties import Entry, FarMiss, Miss, Plan, Shape, Site, Tie
 
 KINDS = tuple(rule.kind for rule in DEFAULT_RULES)
 
-INTEGRATIONS = ("transformers",)
-"""Libraries that write a model's configuration beside its weights: where one is in use, it is told of a tied model."""
+INTEGRATIONS = {"transformers"}
+"""Libraries that write a model's configuration beside its weights: where the model's class is one of theirs, they are told of its ties."""
 
 Share = Sequence[str] | Mapping[str, int | str | None]
 
@@ -233,8 +233,8 @@ def _applied(model: nn.Module, plan: Plan, init: str, moments: Moments | None, i
         rewrite_graph(result, plan)
     else:
         rewrite_modules(result, plan, init, moments)
-    for library in INTEGRATIONS:
-        if library in sys.modules:
+    for library in INTEGRATIONS.intersection(base.__module__.partition(".")[0] for base in type(result).__mro__):
+        with contextlib.suppress(ImportError):  # an older library: then its files are written as before
             importlib.import_module(f"pe_fx.{library}").attach(result)
     return result
 
