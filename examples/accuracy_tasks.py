@@ -24,6 +24,7 @@ import pe_fx
 from pe_fx.tied.weight import tied_weights_in
 
 Batch = tuple[Tensor, Tensor]
+Net = Callable[[Tensor], Tensor]
 DECAY = 0.05
 
 # ------------------------------------------------------------------------------------------------------------------- models
@@ -208,7 +209,7 @@ class Text:
         block = (self.read if stream is None else stream)[rows[:, None] + self.window].long()
         return block[:, :-1], block[:, 1:]
 
-    def score(self, model: nn.Module) -> Tensor:
+    def score(self, model: Net) -> Tensor:
         return torch.stack([loss_of(model, *self.batch(rows, self.held)) for rows in self.tests]).mean()
 
 
@@ -232,7 +233,7 @@ class Digits:
     def batch(self, rows: Tensor) -> Batch:
         return self.images[rows], self.labels[rows]
 
-    def score(self, model: nn.Module) -> Tensor:
+    def score(self, model: Net) -> Tensor:
         images, labels = self.tests
         right: Tensor = (model(images).argmax(1) == labels).float().mean()
         return 100 * right
@@ -254,7 +255,7 @@ class Task:
     lower_is_better: bool
 
 
-def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+def loss_of(model: Net, inputs: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
 
 
