@@ -277,7 +277,7 @@ def diff_command(
     trust: Trust = False,
     ties: Ties,
     side_by_side: Annotated[bool, typer.Option("--side-by-side", "-y", help="Two columns.")] = False,
-    stat: Annotated[bool, typer.Option("--stat", help="One line a change.")] = False,
+    stat: Annotated[bool, typer.Option("--stat", help="One line a change, or for all blocks that changed alike.")] = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="A page for a browser: both graphs side by side.")] = None,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="A picture of the model, or of --module.")] = None,
     png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="The same as PNG, drawn with resvg-py.")] = None,
@@ -323,7 +323,7 @@ def diff_command(
         walk_through(found)
     else:
         if found and stat:
-            look.show(terminal.stat(found, look.columns))
+            look.show(terminal.stat(found, look.columns, fold=fold))
         elif found and not (html or svg or png):
             look.show((terminal.side_by_side if side_by_side else terminal.unified)(found, look.columns, fold=fold))
         if misses:

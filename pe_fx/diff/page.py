@@ -11,7 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pe_fx.diff.changes import Diff
+from pe_fx.diff.changes import Change, Diff
+from pe_fx.diff.folds import form_of_change, groups, span
 from pe_fx.diff.graph import Node
 from pe_fx.diff.overlay import AFTER, BEFORE, Overlay
 from pe_fx.diff.terminal import summary
@@ -63,7 +64,18 @@ def described(diff: Diff) -> dict[str, Any]:
         "edges": [[*edge, sides] for edge, sides in overlay.edges.items()],
         "links": overlay.links,
         "opened": overlay.opened(),
+        "folds": _folds(diff),
     }
+
+
+def _folds(diff: Diff) -> list[dict[str, Any]]:
+    """The rows of the list of changes: one for all blocks that changed alike."""
+    rows = groups(range(len(diff.changes)), lambda number: form_of_change(diff.changes[number])).values()
+    return [{"changes": row, "name": span([_titled(diff.changes[number]) for number in row])} for row in rows]
+
+
+def _titled(change: Change) -> str:
+    return (change.module or "the model") + (f" → {change.module_after}" if change.module_after else "")
 
 
 def _part(overlay: Overlay, number: int) -> dict[str, Any]:

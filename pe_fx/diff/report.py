@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,11 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from pe_fx.diff.folds import form_of_site, groups, span, times
 from pe_fx.diff.tree import within
 from pe_fx.text import legible
-from pe_fx.ties import ONE_PATH, Plan, Site, to_ranges
-
-_NUMBER = re.compile(r"\d+(?=\D*$)")
+from pe_fx.ties import ONE_PATH, Plan, Site
 
 SHOWN = 8
 """Near misses that are shown without being asked for."""
@@ -67,18 +65,17 @@ def stage_of(module: str) -> str:
 def _sites(plan: Plan) -> Table:
     """Sites of one stack that are tied alike are one line."""
     table = _table(("site", "left"), ("kind", "left"), ("ties", "left"), ("saved", "right"))
-    for sites in _groups(plan.sites, _form).values():
+    for sites in groups(plan.sites, form_of_site).values():
         first = sites[0]
         kind = f"{first.kind} ({first.entry.treatment})" if first.entry else first.kind
         ties = "\n".join(within(str(tie), first.name) for tie in first.ties)
-        times = f"{len(sites)} × " if len(sites) > 1 else ""
-        table.add_row(_span([site.name for site in sites]) or ".", kind, ties, f"{times}{first.saved:,}")
+        table.add_row(span([site.name for site in sites]) or ".", kind, ties, f"{times(len(sites))}{first.saved:,}")
     return table
 
 
 def _savings(title: str, plan: Plan, key: Callable[[Site], str]) -> Table:
     table = _table((title, "left"), ("sites", "right"), ("saved", "right"), ("of all", "right"))
-    for name, sites in _groups(plan.sites, key).items():
+    for name, sites in groups(plan.sites, key).items():
         saved = sum(site.saved for site in sites)
         table.add_row(str(name), str(len(sites)), f"{saved:,}", f"{100 * saved / plan.params_before:.1f} %")
     return table
@@ -89,29 +86,3 @@ def _table(*columns: tuple[str, str]) -> Table:
     for name, side in columns:
         table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
     return table
-
-
-def _groups(sites: Iterable[Site], key: Callable[[Site], Hashable]) -> dict[Hashable, list[Site]]:
-    groups: dict[Hashable, list[Site]] = {}
-    for site in sites:
-        groups.setdefault(key(site), []).append(site)
-    return groups
-
-
-def _form(site: Site) -> Hashable:
-    """What a site is, whatever its number in the stack."""
-    ties = tuple(within(str(tie), site.name) for tie in site.ties)
-    return site.kind, _NUMBER.sub("*", site.name), ties, site.saved, site.entry is None
-
-
-def _span(names: Sequence[str]) -> str:
-    """
-    >>> _span(["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]), _span(["blocks.1", "blocks.3"])
-    ('blocks.{0…2}.attn', 'blocks.{1,3}')
-    """
-    numbers = [int(match[0]) for name in names if (match := _NUMBER.search(name))]
-    if len(numbers) < 2:
-        return names[0]
-    runs = to_ranges(numbers)
-    spans = ",".join(str(start) if stop == start + 1 else f"{start}…{stop - 1}" for start, stop in runs)
-    return _NUMBER.sub(f"{{{spans}}}", names[0])

@@ -9,6 +9,7 @@ from collections import Counter
 from rich.text import Text
 
 from pe_fx.diff.changes import Diff
+from pe_fx.diff.folds import form_of_change, groups, span, times
 from pe_fx.diff.tree import Row, rows, signed
 
 STYLES = {"before": "red", "after": "green", "site": "bold", "module": "", "folded": "dim", "line": "", "note": "cyan"}
@@ -36,21 +37,23 @@ def side_by_side(diff: Diff, width: int, *, fold: bool = True) -> Text:
     return text
 
 
-def stat(diff: Diff, width: int) -> Text:
-    """One line a change with a bar for its parameters, as `git diff --stat` has."""
+def stat(diff: Diff, width: int, *, fold: bool = True) -> Text:
+    """One line a change with a bar for its parameters, as `git diff --stat` has; with `fold`, one for all blocks that changed alike."""
     diff, text = diff.shown, Text()
     if not diff:
         return text
-    names = [change.module or "." for change in diff.changes]
-    numbers = [signed(change.delta) for change in diff.changes]
-    kinds = [change.kind for change in diff.changes]
+    folded = list(groups(diff.changes, form_of_change).values()) if fold else [[change] for change in diff.changes]
+    names = [span([change.module for change in alike]) or "." for alike in folded]
+    numbers = [f"{times(len(alike) if alike[0].delta else 1)}{signed(alike[0].delta)}" for alike in folded]
+    kinds = [alike[0].kind for alike in folded]
+    deltas = [sum(change.delta for change in alike) for alike in folded]
     columns = [max(map(len, cells)) for cells in (names, kinds, numbers)]
-    largest = max(abs(change.delta) for change in diff.changes) or 1
+    largest = max(map(abs, deltas)) or 1
     room = max(width - sum(columns) - 9, 0)
-    for change, name, kind, number in zip(diff.changes, names, kinds, numbers, strict=True):
+    for name, kind, number, delta in zip(names, kinds, numbers, deltas, strict=True):
         text.append(f" {name:<{columns[0]}} | {kind:<{columns[1]}}  {number:>{columns[2]}} ")
-        bar = max(round(room * abs(change.delta) / largest), 1) if change.delta else 0
-        text.append("−" * bar if change.delta < 0 else "+" * bar, STYLES["before" if change.delta < 0 else "after"])
+        bar = max(round(room * abs(delta) / largest), 1) if delta else 0
+        text.append("−" * bar if delta < 0 else "+" * bar, STYLES["before" if delta < 0 else "after"])
         text.append("\n")
     return text
 

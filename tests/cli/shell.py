@@ -25,7 +25,7 @@ def enter(folder: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def command(*arguments: str) -> list[str]:
+def line(*arguments: str) -> list[str]:
     """The command as a process of its own."""
     return [sys.executable, "-m", "pe_fx", *arguments]
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shell import command, enter, error, run
+from shell import enter, error, line, run
 from torch import nn
 
 import pe_fx
@@ -280,7 +280,11 @@ def test_diff_by_an_earlier_plan() -> None:
 
 
 def test_stat_side_by_side_and_misses() -> None:
-    stat = run("diff", "net.py:Net", "--stat").stdout.splitlines()
+    for columns in (80, 120):
+        stat = run("diff", "net.py:Net", "--stat", columns=columns).stdout.splitlines()
+        assert stat[0].startswith(" blocks.{0…2} | mlp  3 × −128 −−−")
+        assert (len(stat[0]), len(stat)) == (columns - 2, 2)
+    stat = run("diff", "net.py:Net", "--stat", "--no-fold").stdout.splitlines()
     assert [line.split(" | ")[0] for line in stat[:3]] == [" blocks.0", " blocks.1", " blocks.2"]
     assert len(stat) == 4
     assert " │ +       linear  2.weight ← 0.weightᵀ" in run("diff", "net.py:Net", "-y", "--width", "120").stdout
@@ -294,7 +298,7 @@ def test_the_viewer_needs_a_terminal() -> None:
 def test_the_viewer_on_a_terminal() -> None:
     terminal, inside = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
-    arguments = command("diff", "net.py:Net", "--tui", "--exit-code")
+    arguments = line("diff", "net.py:Net", "--tui", "--exit-code")
     with subprocess.Popen(arguments, stdin=inside, stdout=inside, stderr=inside, env=environment) as process:
         os.close(inside)
         drawn = b""
@@ -355,17 +359,17 @@ def test_a_closed_pipe() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
-        result = subprocess.run(command("diff", "net.py:Net"), stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+        result = subprocess.run(line("diff", "net.py:Net"), stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
     assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_a_terminal_without_these_characters() -> None:
-    result = subprocess.run(command("diff", "net.py:Net"), capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    result = subprocess.run(line("diff", "net.py:Net"), capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert b"linear  2.weight ? 0.weight?" in result.stdout
 
 
 def test_interrupted(folder: Path) -> None:
-    arguments = command("transform", "net.py:slow", "-o", "tied.safetensors")
+    arguments = line("transform", "net.py:slow", "-o", "tied.safetensors")
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         assert process.stdout is not None
@@ -379,7 +383,7 @@ def test_interrupted(folder: Path) -> None:
 
 def test_without_the_extra(folder: Path) -> None:
     (folder / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')")
-    result = subprocess.run(command("--help"), capture_output=True, text=True, check=False)
+    result = subprocess.run(line("--help"), capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == "pe-fx: error: the command line needs typer: pip install 'pe_fx[cli]'\n"
 

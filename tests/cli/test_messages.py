@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from shell import command, enter
+from shell import enter, line
 
 SOURCE = """
 import logging, os, sys, warnings
@@ -42,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def err(*arguments: str, code: int = 0) -> str:
-    result = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    result = subprocess.run(line(*arguments), capture_output=True, text=True, check=False)
     assert result.returncode == code, result.stderr
     return result.stderr
 
@@ -68,7 +68,7 @@ def test_importing_diffusers_says_nothing() -> None:
 def test_a_terminal_shows_what_is_going_on_and_nothing_else() -> None:
     terminal, inside = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
-    with subprocess.Popen(command("plan", "net.py:build"), stdout=subprocess.DEVNULL, stderr=inside, env=environment) as process:
+    with subprocess.Popen(line("plan", "net.py:build"), stdout=subprocess.DEVNULL, stderr=inside, env=environment) as process:
         os.close(inside)
         drawn = b""
         try:
@@ -84,5 +84,5 @@ def test_a_terminal_shows_what_is_going_on_and_nothing_else() -> None:
 
 def test_stderr_may_be_closed() -> None:
     Path("net.py").write_text("from torch import nn\nbuild = lambda: nn.Linear(3, 3)\n")
-    closed = f"{' '.join(command('plan', 'net.py:build', '--json'))} 2>&-"
+    closed = f"{' '.join(line('plan', 'net.py:build', '--json'))} 2>&-"
     assert '"params_before": 12' in subprocess.run(closed, shell=True, stdout=subprocess.PIPE, text=True, check=True).stdout

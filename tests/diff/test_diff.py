@@ -320,8 +320,7 @@ STAGE = """
 """
 
 STAT = """
- blocks.0 | mlp  −128 −−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−
- blocks.1 | mlp  −128 −−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−
+ blocks.{0…1} | mlp  2 × −128 −−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−−
 """
 
 NARROW = """
@@ -355,6 +354,14 @@ def test_what_is_shared() -> None:
 
 def test_stat() -> None:
     assert terminal.stat(diff_transform(blocks(2), X), 80).plain == STAT[1:]
+    unfolded = terminal.stat(diff_transform(blocks(2), X), 80, fold=False).plain.splitlines()
+    assert [line.split(" | ")[0] for line in unfolded] == [" blocks.0", " blocks.1"]
+
+
+def test_changes_that_differ_are_not_folded() -> None:
+    """Of three blocks that share a matrix, the first has it; the others read it."""
+    stat = terminal.stat(diff_transform(blocks(3), X, share=("mlp",)), 80).plain.splitlines()
+    assert [line.split(" | ")[0].strip() for line in stat] == ["blocks.0", "blocks.{1…2}"]
 
 
 def test_a_narrow_terminal() -> None:

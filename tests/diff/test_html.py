@@ -128,7 +128,7 @@ def assert_shows(reader: Reader, diff: Diff) -> None:
     """The page has the diff's data, lists its changes, and marks its edits and nothing else."""
     assert reader("viewer.data.diff") == json.loads(diff.to_json())
     listed = reader("[...document.querySelectorAll('#changes button')].map((button) => [...button.children].map((it) => it.textContent))")
-    assert [row[:2] for row in listed] == [[change.kind, change.module or "the model"] for change in diff.changes]
+    assert sorted(row[:2] for row in listed) == sorted([change.kind, change.module or "the model"] for change in diff.changes)
     marked = reader(
         "viewer.data.parts.filter((part) => part.edit).map((part) => [part.edit.kind, part.before?.id ?? null, part.after?.id ?? null])"
     )
@@ -183,6 +183,36 @@ def test_a_renamed_module_can_be_found(opened: Any) -> None:
     reader.page.click("#changes button")
     assert "net.body → net.trunk" in reader.text("details")
     assert [reader(f"viewer.data.parts[viewer.selected].{side}.path") for side in ("before", "after")] == ["net.body", "net.trunk"]
+
+
+def test_blocks_that_changed_alike_are_one_row(opened: Any, diff: Diff) -> None:
+    reader = opened(diff)
+    rows = "[...document.querySelectorAll('#changes > li > :first-child')].map((row) => row.querySelector('summary')?.textContent)"
+    assert reader(rows) == ["mlpblocks.{0…2}3 × −128"]
+    assert not reader.page.is_visible("#changes button")
+    reader.page.click("#changes summary")
+    reader.page.click("#changes button >> nth=1")
+    assert "blocks.1" in reader.text("details")
+    reader.page.click("#changes summary")
+    reader.page.keyboard.press("n")
+    assert reader.page.is_visible("#changes button[aria-current=true] >> text=blocks.2")
+
+
+@pytest.mark.parametrize("width", [1200, 1600])
+def test_long_names_are_cut_and_stay_in_their_line(width: int, opened: Any) -> None:
+    name = "a_transformer_with_a_very_long_name"
+    model = Net(lambda m, x: m.outer[name](x), outer=nn.ModuleDict({name: nn.Sequential(residual())}))
+    reader = opened(diff_transform(model, X))
+    reader.page.set_viewport_size({"width": width, "height": 900})
+    reader.page.click("#changes summary")
+    lines = reader("""[...document.querySelectorAll("#changes button")].map((button) => [...button.children].map((cell) => {
+        const { height, left, right } = cell.getBoundingClientRect(), room = button.getBoundingClientRect();
+        return [height, left >= room.left && right <= room.right, cell.title];
+    }))""")
+    assert [line[1][2] for line in lines] == [f"outer.{name}.0.blocks.{number}" for number in range(3)]
+    assert all(height < 26 and is_inside for line in lines for height, is_inside, _ in line)
+    last = "document.querySelector('#changes button .where').lastChild"
+    assert reader(f"{last}.scrollWidth <= {last}.clientWidth"), "the end of the name, which tells it from others, is cut as well"
 
 
 def test_near_misses_tell_their_reasons(opened: Any, diff: Diff) -> None:

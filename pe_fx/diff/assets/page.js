@@ -381,9 +381,12 @@ function viewerOf(data) {
     select(shown[0] ?? null);
     if (!held.length) $("details").replaceChildren(...changeDetails(current));
     show(shown);
-    document.querySelectorAll("#changes button").forEach((button, place) => {
-      button.setAttribute("aria-current", place === current);
-      if (place === current) button.scrollIntoView({ block: "nearest" });
+    document.querySelectorAll("#changes button").forEach((button) => {
+      const isCurrent = Number(button.dataset.change) === current, fold = button.closest("details");
+      button.setAttribute("aria-current", isCurrent);
+      if (!isCurrent) return;
+      if (fold) fold.open = true;
+      button.scrollIntoView({ block: "nearest" });
     });
   }
 
@@ -452,11 +455,18 @@ function viewerOf(data) {
   function lists() {
     $("tab-changes").textContent = `Changes (${diff.changes.length})`;
     $("tab-misses").textContent = `Near misses (${diff.misses.length})`;
-    $("changes").replaceChildren(...diff.changes.map((change, number) => element("li", {},
-      element("button", { onclick: () => gotoChange(number) },
-        tag(change.kind),
-        element("span", { class: "where" }, (change.module || "the model") + (change.module_after ? ` → ${change.module_after}` : "")),
-        element("span", { class: "delta" }, change.delta ? signed(change.delta) : "")))));
+    const titled = (change) => (change.module || "the model") + (change.module_after ? ` → ${change.module_after}` : "");
+    const cells = (name, { kind, delta }, times = "") => {
+      const last = name.lastIndexOf(".") + 1;
+      return [tag(kind),
+        element("span", { class: "where", title: name }, element("span", {}, name.slice(0, last)), element("span", {}, name.slice(last))),
+        element("span", { class: "delta" }, delta ? times + signed(delta) : "")];
+    };
+    const row = (number) => element("li", {}, element("button", { "data-change": number, onclick: () => gotoChange(number) },
+      ...cells(titled(diff.changes[number]), diff.changes[number])));
+    $("changes").replaceChildren(...data.folds.map(({ changes, name }) => changes.length < 2 ? row(changes[0]) :
+      element("li", {}, element("details", {},
+        element("summary", {}, ...cells(name, diff.changes[changes[0]], `${changes.length} × `)), element("ol", {}, ...changes.map(row))))));
     $("misses").replaceChildren(...diff.misses.map((miss) => {
       const found = parts.findIndex((part) => (part.before ?? part.after).path === miss.name);
       return element("li", {}, found > 0 ? jump(found, miss.name) : element("b", {}, miss.name || "the model"), " ", element("small", {}, miss.kind),
