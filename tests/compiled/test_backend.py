@@ -1112,7 +1112,7 @@ def test_readers_in_later_graphs_find_the_memory_that_they_expect(reader: str, u
 
 
 def test_unknown_option() -> None:
-    with pytest.raises(Exception, match=r"option 'rule' is unknown .* rules, share, include, exclude, mix, mode, inductor"):
+    with pytest.raises(Exception, match=r"option 'rule' is unknown .* rules, share, across, include, exclude, mix, mode, inductor"):
         compiled(mlp(), rule=["mlp"])(X)
 
 
