@@ -221,6 +221,7 @@ def _folder(name: str, trust: bool) -> _Library:
     if not (Path(name) / "config.json").is_file():
         raise PeFxError(f"{name} is no folder with a config.json")
     transformers = _imported("transformers", "pip install transformers")
+    importlib.import_module("pe_fx.transformers")  # which reads folders that are tied
     told = {"local_files_only": True, "trust_remote_code": trust}
 
     def chosen(options: dict[str, Any]) -> tuple[Any, Any]:

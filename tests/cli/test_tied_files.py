@@ -146,6 +146,21 @@ def test_what_is_not_verified() -> None:
     assert "nowhere.pt: No such file" in error("verify", "net.py:build", "--checkpoint", "nowhere.pt")
 
 
+def test_folders_of_the_hub(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tied = pytest.importorskip("pe_fx.transformers")
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(folder / "dense")
+    options = tied.PeFxConfig(mix="signed")
+    transformers.GPT2LMHeadModel.from_pretrained(folder / "dense", quantization_config=options).save_pretrained(folder / "tied")
+    for spec in ("hf:dense", "hf:tied"):
+        assert "equal to the dense twin" in run("verify", spec).stdout
+    assert "hf:tied is tied, by the plan in it: leave out --rules" in run("verify", "hf:tied", "--rules", "mlp", code=2).stderr
+    assert "mix signed" in run("info", "tied/model.safetensors").stdout
+    run("untie", "tied/model.safetensors", "hf:dense", "-o", "dense/model.safetensors")
+    transformers.GPT2LMHeadModel.from_pretrained(folder / "dense")
+
+
 # ---- info
 
 INFO = """
