@@ -141,11 +141,13 @@ def transform_command(
 ) -> None:
     """Tie a model and write its weights.
 
-    The plan goes into the file's metadata, as "pe_fx_plan": --plan FILE reads it from there, too.
+    The plan goes into the file's metadata, as "pe_fx_plan": --plan FILE reads it from there, too. With -o hf:FOLDER a model of
+    transformers is written as a folder for the hub.
 
     \b
     pe-fx transform timm:resnet50 --checkpoint dense.safetensors -o tied.safetensors
     pe-fx transform timm:resnet50 --plan plan.json --init mean -o tied.safetensors
+    pe-fx transform hf:FOLDER --mix signed -o hf:TIED_FOLDER
     """
     options = ties.options()
     with progress() as say:

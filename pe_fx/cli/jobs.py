@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import pe_fx
 from pe_fx import checkpoint
 from pe_fx.cli.options import refuse
-from pe_fx.cli.specs import Loaded, load
+from pe_fx.cli.specs import HUB, Loaded, load, split_commas
 from pe_fx.diff import Diff, Graph, compare, diff_transform, page, picture
 from pe_fx.errors import CaptureError, PeFxError
 from pe_fx.files import check_writable
@@ -69,8 +70,10 @@ def planned(models: Models, spec: str, options: dict[str, Any], read: Plan | Non
 def write_tied(
     models: Models, spec: str, output: Path, options: dict[str, Any], read: Plan | None, weights: Path | None, init: str
 ) -> Plan:
-    """Ties the model and writes its weights, with the plan in the metadata; returns the plan."""
-    check_writable(output)
+    """Ties the model and writes its weights, with the plan in the metadata, or its folder for the hub; returns the plan."""
+    folder = Path(str(output).removeprefix(HUB)) if str(output).startswith(HUB) else None
+    if folder is None:
+        check_writable(output)
     loaded = models.built(spec, on_meta=False)
     with loaded.home.entered():
         if weights is not None:
@@ -78,8 +81,22 @@ def write_tied(
             checkpoint.load(weights, loaded.model, inplace=True, trust=models.trust)
         made = _tied(models, loaded, options, read, init)
         models.say(f"writing {output}")
-        checkpoint.save(loaded.model, output, metadata={SPEC: spec})
+        if folder is None:
+            checkpoint.save(loaded.model, output, metadata={SPEC: spec})
+        elif hasattr(loaded.model, "save_pretrained"):
+            _write_folder(loaded.model, spec, folder)
+        else:
+            raise PeFxError(f"{output}: a {type(loaded.model).__name__} writes no folder for the hub: -o tied.safetensors")
     return made
+
+
+def _write_folder(model: Any, spec: str, folder: Path) -> None:
+    """As transformers does; what else the folder that the model comes from holds, such as its tokenizer, is copied."""
+    model.save_pretrained(folder)
+    source = Path(split_commas(spec.removeprefix(HUB))[0])
+    for file in source.iterdir() if spec.startswith(HUB) else ():
+        if file.is_file() and not (checkpoint.is_weights(file) or (folder / file.name).exists()):
+            shutil.copy2(file, folder)
 
 
 def _tied(models: Models, loaded: Loaded, options: dict[str, Any], read: Plan | None, init: str = "keep") -> Plan:

@@ -38,6 +38,10 @@ from pe_fx.graph.inputs import ExampleInputs
 Build = Callable[..., Any]
 
 
+HUB = "hf:"
+"""Before a local folder of the hub."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model with the spec that it was made from, and example inputs where they are known (else None: they are derived).
@@ -249,7 +253,7 @@ _LIBRARIES: dict[str, Callable[[str, bool], _Library]] = {
     "torchvision": _torchvision,
     "transformers": _transformers,
     "diffusers": _diffusers,
-    "hf": _folder,
+    HUB.removesuffix(":"): _folder,
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from shell import enter, error, run
 
@@ -214,6 +215,19 @@ def test_names_in_a_file_are_shown_as_text() -> None:
     shown = run("info", "odd.safetensors").stdout
     assert r"\x1b[2J" in shown
     assert r"a\nb" in shown
+
+
+def test_a_folder_of_the_hub_becomes_a_tied_one() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).save_pretrained("dense")
+    Path("dense/vocab.txt").write_text("a\nb\n")
+    run("transform", "hf:dense", "--mix", "signed", "-o", "hf:tied")
+    tied = transformers.AutoModel.from_pretrained("tied")
+    expected = pe_fx.transform(transformers.AutoModel.from_pretrained("dense"), mix="signed")
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in tied.state_dict().items())
+    assert Path("tied/vocab.txt").read_text() == "a\nb\n"
+    assert run("verify", "hf:tied").exit_code == 0
+    assert "-o tied.safetensors" in error("transform", "net.py:build", "-o", "hf:tied")
 
 
 def test_what_holds_no_plan() -> None:
