@@ -56,8 +56,8 @@ and no interval can be given.
   dense net that is wider and half as deep, by 0.055 ± 0.008, at the same multiply-adds; after 3,000 steps the wider ties are 0.020 ahead
   of it.
 - **On the digits** no ViT is worse than dense by more than five seeds can tell: after 105 steps plain ties +2.4 ± 7.6 %, signed ones
-  +3.2 ± 2.6 %, half as deep +4.6 ± 5.2 %, and after 420 +0.5 ± 1.0 %, +0.8 ± 1.0 % and -0.6 ± 1.8 %. ResNets after 105 steps: plain -0.9 ± 1.1 %, signed
-  -0.2 ± 0.8 %, a dense one with fewer blocks +0.1 ± 1.1 %.
+  +3.2 ± 2.6 %, half as deep +4.6 ± 5.2 %, and after 420 +0.5 ± 1.0 %, +0.8 ± 1.0 % and -0.6 ± 1.8 %.
+  ResNets after 105 steps: plain -0.9 ± 1.1 %, signed -0.2 ± 0.8 %, a dense one with fewer blocks +0.1 ± 1.1 %.
 - **A third of the parameters** (35 %: signed ties, shared in pairs) cost 0.083 ± 0.013 after 1,000 steps.
 
 So: where training is short or multiply-adds are what is scarce, make the net shallower. Where it is long, and weights, optimizer state or
