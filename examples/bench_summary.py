@@ -57,8 +57,8 @@ Small batches, other load on the machine's second core: two runs differed by up 
   convolutions of stride one 1.35 times.
 - Signed ties put W together anew in each step. That work grows with the weight, not with the batch: compiled on a CPU core, forward and
   backward of six DeiT-S blocks took 1.02 times as long as with plain ties at batch 4 (with gains 1.03), and 1.00 at batch 32 (1.01).
-- Steps of DeiT-S at batch 4 with signed or fitted ties took 1.06 of those with plain ones (forward 1.18 and 1.20, other load on the second
-  core): wanted was 1.03. At batch 8 on an H200 signed ones took 1.03.
+- Steps of DeiT-S at batch 4 with signed and fitted ties took 1.05 and 1.06 of those with plain ones, nothing else running: wanted was
+  1.03. At batch 8 on an H200 signed ones took 1.03.
 - Compiling DeiT-S with signed ties took 1.11 times the processor time of plain ones (with gains 1.17): blocks alike are mixed alike, so
   that each shape of weight is a few kernels more, and no more.
 - Compiling took 0.88 (DeiT-S), 1.00 (ResNet50 `keep`) and 0.94 (`slice`) of the time that Inductor took for the dense model where plain
