@@ -159,10 +159,9 @@ def tied_as(variant: Variant, model: nn.Module, plan: pe_fx.Plan | None) -> nn.M
                 if parameter.dim() == 2:
                     setattr(second.get_submodule(name), parameter_name, parameter)
     if variant.rank:
-        for _, module, name, _ in list(tied_weights_in(model)):
-            path = next(path for path, each in model.named_modules() if each is module)
+        for full, module, name, _ in list(tied_weights_in(model)):
             if name == "weight" and not hasattr(module, "weight_kept"):
-                model.set_submodule(path, Corrected(module, variant.rank))
+                model.set_submodule(full.removesuffix(".weight"), Corrected(module, variant.rank))
     return model
 
 

@@ -245,11 +245,9 @@ def _check_calibration(calibration: Iterable[ExampleInputs] | None, mix: str, in
 
 
 def _moments(model: nn.Module, plan: Plan, calibration: Iterable[ExampleInputs] | None) -> Moments | None:
-    return (
-        None
-        if calibration is None
-        else moments_of(model, dict.fromkeys(name for tie in plan.ties for name in (tie.target, tie.source)), calibration)
-    )
+    if calibration is None:
+        return None
+    return moments_of(model, dict.fromkeys(name for tie in plan.ties for name in (tie.target, tie.source)), calibration)
 
 
 def _call_of_plan(has_inputs: bool, options: Mapping[str, Any]) -> str:
