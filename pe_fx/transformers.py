@@ -23,7 +23,6 @@ from typing import Any
 from torch import Tensor, nn
 
 try:
-    from safetensors import safe_open
     from transformers import PreTrainedModel
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
@@ -32,8 +31,8 @@ except ImportError as error:
     raise ImportError(f"pe_fx.transformers needs transformers 5 or newer ({error}): pip install 'pe_fx[transformers]'") from error
 
 import pe_fx
+from pe_fx import checkpoint
 from pe_fx.api import checked
-from pe_fx.checkpoint import PLAN
 from pe_fx.tied.held import held_plan
 from pe_fx.tied.read_only import ReadOnly
 from pe_fx.tied.weight import TOLD, placeholder, tied_weights_in
@@ -94,8 +93,8 @@ class PeFxQuantizer(HfQuantizer):  # type: ignore[misc]
         """Ties a model without values by the plan of the folder that it is loaded from."""
         plan = self.quantization_config.made_plan
         if plan is not None and self.pre_quantized:
-            plan = fitting(plan, model)
             refuse_dense(plan, checkpoint_files or ())
+            plan = fitting(plan, model)
             pe_fx.apply(model, plan, inplace=True)
             prefix = f"{model.base_model_prefix}."  # which the file's names may lack
             told = {rf"(^|\.){re.escape(tie.target.removeprefix(prefix))}$" for tie in plan.ties} | {f"{re.escape(TOLD)}$"}
@@ -130,7 +129,7 @@ class PeFxQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         empty = {full: placeholder(getattr(module, name)) for full, module, name, _ in tied_weights_in(model)}
         first = next(iter(empty))
-        return {**model.state_dict(), **empty, f"{first} {TOLD}": empty[first].clone()}, {PLAN: plan.to_json()}
+        return {**model.state_dict(), **empty, f"{first} {TOLD}": empty[first].clone()}, {checkpoint.PLAN: plan.to_json()}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> nn.Module:
         return pe_fx.untie(model)
@@ -158,11 +157,10 @@ def refuse_dense(plan: pe_fx.Plan, files: Sequence[str]) -> None:
     """Raises `PeFxError` where the folder's weights are dense, whatever its config.json says."""
     targets = {tie.target for tie in plan.ties}
     for path in files:
-        if path.endswith(".safetensors"):
-            with safe_open(path, framework="pt") as file:
-                for name in targets.intersection(file.keys()):
-                    if 0 not in file.get_slice(name).get_shape():
-                        raise pe_fx.PeFxError(
-                            f"{path} holds a dense {name}, which is tied in the plan of its config.json: take `quantization_config` out of "
-                            "config.json to load it dense"
-                        )
+        values = checkpoint.read(path, device="meta").values
+        for name in targets.intersection(values):
+            if values[name].numel():
+                raise pe_fx.PeFxError(
+                    f"{path} holds a dense {name}, which is tied in the plan of its config.json: take `quantization_config` out of "
+                    "config.json to load it dense"
+                )

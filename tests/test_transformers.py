@@ -175,8 +175,9 @@ def test_dense_weights_beside_a_plan_are_refused(tmp_path: Path) -> None:
     _, folder = tied_folder(tmp_path)
     config = transformers.AutoConfig.from_pretrained(folder)
     transformers.BertModel(config).save_pretrained(folder)
-    with pytest.raises(pe_fx.PeFxError, match=r"holds a dense encoder.*take `quantization_config` out of config.json"):
-        transformers.AutoModel.from_pretrained(folder)
+    for cls in (transformers.AutoModel, transformers.BertForSequenceClassification):
+        with pytest.raises(pe_fx.PeFxError, match=r"holds a dense encoder.*take `quantization_config` out of config.json"):
+            cls.from_pretrained(folder)
 
 
 def test_by_a_plan_made_before(tmp_path: Path) -> None:

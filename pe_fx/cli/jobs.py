@@ -71,9 +71,12 @@ def write_tied(
     models: Models, spec: str, output: Path, options: dict[str, Any], read: Plan | None, weights: Path | None, init: str
 ) -> Plan:
     """Ties the model and writes its weights, with the plan in the metadata, or its folder for the hub; returns the plan."""
+    source = Path(split_commas(spec.removeprefix(HUB))[0]) if spec.startswith(HUB) else None
     folder = Path(str(output).removeprefix(HUB)) if str(output).startswith(HUB) else None
     if folder is None:
         check_writable(output)
+    elif source is not None and source.resolve() == folder.resolve():
+        raise PeFxError(f"{output} is where the dense weights are read from while the tied ones are written: give another folder")
     loaded = models.built(spec, on_meta=False)
     with loaded.home.entered():
         if weights is not None:
@@ -84,17 +87,16 @@ def write_tied(
         if folder is None:
             checkpoint.save(loaded.model, output, metadata={SPEC: spec})
         elif hasattr(loaded.model, "save_pretrained"):
-            _write_folder(loaded.model, spec, folder)
+            _write_folder(loaded.model, source, folder)
         else:
             raise PeFxError(f"{output}: a {type(loaded.model).__name__} writes no folder for the hub: -o tied.safetensors")
     return made
 
 
-def _write_folder(model: Any, spec: str, folder: Path) -> None:
+def _write_folder(model: Any, source: Path | None, folder: Path) -> None:
     """As transformers does; what else the folder that the model comes from holds, such as its tokenizer, is copied."""
     model.save_pretrained(folder)
-    source = Path(split_commas(spec.removeprefix(HUB))[0])
-    for file in source.iterdir() if spec.startswith(HUB) else ():
+    for file in source.iterdir() if source is not None else ():
         if file.is_file() and not (checkpoint.is_weights(file) or (folder / file.name).exists()):
             shutil.copy2(file, folder)
 

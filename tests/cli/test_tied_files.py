@@ -228,6 +228,8 @@ def test_a_folder_of_the_hub_becomes_a_tied_one() -> None:
     assert Path("tied/vocab.txt").read_text() == "a\nb\n"
     assert run("verify", "hf:tied").exit_code == 0
     assert "-o tied.safetensors" in error("transform", "net.py:build", "-o", "hf:tied")
+    assert "give another folder" in error("transform", "hf:dense", "-o", "hf:./dense")
+    assert "quantization_config" not in Path("dense/config.json").read_text()
 
 
 def test_what_holds_no_plan() -> None:
