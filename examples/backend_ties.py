@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import zoo
-from sweep import LIBRARIES, read_rows
+from sweep import LIBRARIES, entry_of, read_rows
 from torch import fx
 from tqdm import tqdm
 
@@ -72,7 +72,7 @@ def main() -> None:
         signal.alarm(options.timeout)
         try:
             with mock.patch.object(pe_fx.compiled.backend, "lower", unlowered):
-                difference = compared(LIBRARIES[options.set][1](name))
+                difference = compared(entry_of(options.set, name))
         except Exception as error:
             difference = zoo.one_line(error)
         finally:

@@ -23,6 +23,7 @@ import csv
 import datetime
 import fnmatch
 import gc
+import importlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -34,16 +35,14 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 import zoo
-import zoo_diffusers
 import zoo_paper
-import zoo_transformers
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 from zoo import Built, Entry
@@ -54,19 +53,32 @@ from pe_fx.graph.capture import capture
 from pe_fx.tied.rewrite_modules import check_fits
 from pe_fx.ties import Plan
 
-LIBRARIES: dict[str, tuple[Callable[[], list[str]], Callable[[str], Entry]]] = {
-    "timm": (zoo.timm_names, zoo.timm_entry),
-    "torchvision": (zoo.torchvision_names, zoo.torchvision_entry),
-    "transformers": (zoo_transformers.names, zoo_transformers.entry),
-    "diffusers": (zoo_diffusers.names, zoo_diffusers.entry),
-    "paper": (zoo_paper.names, zoo_paper.entry),
+LIBRARIES = {
+    "timm": ("zoo", "timm_"),
+    "torchvision": ("zoo", "torchvision_"),
+    "transformers": ("zoo_transformers", ""),
+    "diffusers": ("zoo_diffusers", ""),
+    "paper": ("zoo_paper", ""),
 }
+"""For each the module that knows its models, imported when it is asked for, and what the names of its two functions begin with."""
 COLUMNS = (
     *("library", "model", "family", "params", "params_tied", "sites", "misses", "nodes", "capture_s", "match_s", "rewrite_s"),
     *("built", "inputs", "verified", "worst_error", "peak_mb", "error", "versions", "date"),
 )
 NOT_VERIFIED = "plan only"
 Row = dict[str, str]
+
+
+def names_of(library: str) -> list[str]:
+    module, prefix = LIBRARIES[library]
+    names: list[str] = getattr(importlib.import_module(module), f"{prefix}names")()
+    return names
+
+
+def entry_of(library: str, name: str) -> Entry:
+    module, prefix = LIBRARIES[library]
+    entry: Entry = getattr(importlib.import_module(module), f"{prefix}entry")(name)
+    return entry
 
 
 # ---------------------------------------------------------------------------------------------------------------- one model
@@ -81,7 +93,7 @@ def work(key: str, *, plan_only: bool, max_params: int) -> Row:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            entry = LIBRARIES[row["library"]][1](row["model"])
+            entry = entry_of(row["library"], row["model"])
             row["family"] = entry.family
             built, plan = planned(entry, row, stage)
             if plan_only or not plan.sites:
@@ -266,14 +278,14 @@ def is_done(row: Row, options: argparse.Namespace) -> bool:
 
 def sweep(options: argparse.Namespace) -> None:
     libraries = LIBRARIES if options.set == "all" else (options.set,)
-    keys = [f"{library}/{name}" for library in libraries for name in LIBRARIES[library][0]()]
+    keys = [f"{library}/{name}" for library in libraries for name in names_of(library)]
     keys = [key for key in keys if any(fnmatch.fnmatchcase(key.partition("/")[2], glob) for glob in options.filter)]
     earlier = read_rows(options.out)
     redo = {key_of(row) for row in earlier if not is_done(row, options)} & set(keys)
     kept = [row for row in earlier if key_of(row) not in redo]
     rewrite_rows(options.out, kept)
     todo = sorted(set(keys) - {key_of(row) for row in kept}, key=keys.index)
-    multiprocessing.set_forkserver_preload(["sweep"])
+    multiprocessing.set_forkserver_preload(["sweep", *{LIBRARIES[library][0] for library in libraries}])
     failed = 0
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(keys), initial=len(keys) - len(todo), smoothing=0.1) as progress:
         futures: dict[Future[Row], str] = {pool.submit(run, key, options): key for key in todo}

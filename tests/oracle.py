@@ -190,7 +190,7 @@ def signed_order(tie: Tie) -> tuple[list[int], list[int]]:
     mix = mix_of(tie)
     assert isinstance(mix, Mix)
     piles: list[list[int]] = [[] for _ in range(mix.hands)]
-    for card in range(matrix_shape(tie)[mix.axis]):
+    for card in range(matrix_shape(tie)[channel_axis(tie)]):
         piles[card % mix.hands].append(card)
     cards = [card for pile in piles for card in pile]
     half = len(cards) // 2
@@ -205,9 +205,10 @@ def factors(tie: Tie, plan: Plan, gains: Mapping[str, Tensor] | None = None) -> 
     if tie.order is not None:
         signs = torch.tensor(tie.order.signs).view([-1 if axis == tie.channel_axes[1] else 1 for axis in range(result.dim())])
         result = result * signs * tie.order.factor
-    if isinstance(mix := mix_of(tie), Mix):
+    if isinstance(mix_of(tie), Mix):
+        across = tie.channel_axes[1]
         result = result * torch.tensor(signed_order(tie)[1]).view(along)
-        result.narrow(mix.across, 0, result.shape[mix.across] // 2).neg_()
+        result.narrow(across, 0, result.shape[across] // 2).neg_()
     if tie.gain is not None:
         learned = gains[f"{tie.target}_gain"].detach()[_own_gains(tie, plan)] if gains else torch.full((tie.gains,), tie.gain)
         result = result * learned.view(along)

@@ -65,7 +65,7 @@ def test_seeds_differ() -> None:
 
 def test_any_axis() -> None:
     weight = torch.randn(6, 4, 1, 1)
-    assert torch.equal(Mix(1, 0, 2, 4, 6)(weight), Mix(0, 1, 2, 4, 6)(weight.transpose(0, 1)).transpose(0, 1))
+    assert torch.equal(Mix(1, 0, 2, 4, 6)(weight, 4), Mix(0, 1, 2, 4, 6)(weight.transpose(0, 1), 4).transpose(0, 1))
 
 
 # ---- models

@@ -53,15 +53,23 @@ class Mix:
         middle = sorted(divisors, key=lambda hands: (max(hands, size // hands), hands))[:2] or [1]
         return cls(axis, across, middle[seed % len(middle)], size, shape[across])
 
-    def __call__(self, part: Tensor) -> Tensor:
+    def __call__(self, part: Tensor, rank: int = 2) -> Tensor:
+        """`rank`: the number of dimensions of the part."""
         rows: Tensor = part.unflatten(self.axis, (-1, self.hands))  # type: ignore[no-untyped-call]
-        return self._signed(rows.transpose(self.axis, self.axis + 1).flatten(self.axis, self.axis + 1))
+        dealt = rows.transpose(self.axis, self.axis + 1)
+        across = self.across + (self.across > self.axis)
+        dealt = dealt * _half_negative(part, self.height).reshape(self.hands, *_along(self.axis, rank))
+        dealt = dealt * _half_negative(part, self.width).reshape(_along(across, rank + 1))
+        return dealt.flatten(self.axis, self.axis + 1)
 
-    def _signed(self, part: Tensor) -> Tensor:
-        for axis, size in ((self.axis, self.height), (self.across, self.width)):
-            signs = torch.cat([part.new_full((size // 2,), -1), part.new_full((size - size // 2,), 1)])
-            part = (part.transpose(axis, -1) * signs).transpose(axis, -1)
-        return part
+
+def _half_negative(like: Tensor, count: int) -> Tensor:
+    return torch.cat([like.new_full((count // 2,), -1), like.new_full((count - count // 2,), 1)])
+
+
+def _along(axis: int, rank: int) -> Shape:
+    """The shape of a vector that lies along this dimension. It is not the matrix that is turned: Inductor would store it so."""
+    return (-1, *[1] * (rank - 1 - axis))
 
 
 Moves = tuple[Tensor, Tensor]
@@ -70,18 +78,17 @@ Moves = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Fitted:
-    """A stored order and signs of the channels along one matrix dimension.
+    """A stored order and signs of the channels `along` one matrix dimension.
 
-    >>> fitted = Fitted(across=1, order=Order.of([1, 0], [1, -1]))
+    >>> fitted = Fitted(along=1, order=Order.of([1, 0], [1, -1]))
     >>> fitted(torch.tensor([[1, 2], [3, 4]]), fitted.moves()).tolist()
     [[2.0, -1.0], [4.0, -3.0]]
 
     Weights of one shape are computed alike, whatever their orders, which are therefore no part of what makes two of them equal.
     """
 
-    across: int
+    along: int
     order: Order = field(compare=False)
-    transposed: bool = False
 
     @property
     def mark(self) -> int:
@@ -93,12 +100,10 @@ class Fitted:
         signs = torch.tensor(self.order.signs, dtype=torch.float64, device="cpu") * self.order.factor
         return places.to(device), signs.to(dtype).to(device)
 
-    def __call__(self, part: Tensor, moves: Moves) -> Tensor:
-        """In the order in memory that the part has, which where it is `transposed` is row by row of its source."""
+    def __call__(self, part: Tensor, moves: Moves, rank: int = 2) -> Tensor:
+        """`rank`: the number of dimensions of the part."""
         places, signs = moves
-        lead = 0 if self.transposed else self.across
-        rows = part.transpose(lead, self.across).index_select(lead, places)
-        return (rows.transpose(lead, -1) * signs).transpose(lead, -1).transpose(lead, self.across)
+        return part.index_select(self.along, places) * signs.reshape(_along(self.along, rank))
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,9 @@ class Gain:
     count: int
     initial: float
 
-    def __call__(self, part: Tensor, factors: Tensor) -> Tensor:
-        return (part.transpose(self.axis, -1) * factors.narrow(0, self.start, self.count)).transpose(self.axis, -1)
+    def __call__(self, part: Tensor, factors: Tensor, rank: int = 2) -> Tensor:
+        """`rank`: the number of dimensions of the part."""
+        return part * factors.narrow(0, self.start, self.count).reshape(_along(self.axis, rank))
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,9 @@ class Regrouping:
 
 @dataclass(frozen=True)
 class View:
-    """A part of a stored tensor: `ranges` of each dimension (None: all of it), dimensions `swap` exchanged, `reshape`d, mixed and scaled.
+    """A part of a stored tensor: `ranges` of each dimension (None: all of it), mixed and scaled, dimensions `swap` exchanged, `reshape`d.
 
+    What is mixed and scaled stays in the order in memory that it has, so that each of its uses may read it as it likes.
     `regroup`: in place of the exchange, through a matrix whose rows or columns lie along several dimensions.
     Written with methods and `cat` alone, so that it runs on tensors and on torch.fx proxies.
     """
@@ -157,19 +164,20 @@ class View:
         for dim, ranges in enumerate(self.ranges):
             if ranges is not None:
                 part = _joined([part.narrow(dim, start, stop - start) for start, stop in ranges], dim)
+        rank = len(self.ranges)
         if self.regroup is not None:
-            part = self.regroup.joined(part)
+            part, rank = self.regroup.joined(part), 2
+        if isinstance(self.mix, Mix):
+            part = self.mix(part, rank)
+        elif self.mix is not None:
+            assert moves is not None
+            part = self.mix(part, moves, rank)
+        if self.gain is not None and factors is not None:
+            part = self.gain(part, factors, rank)
         if self.swap is not None:
             part = part.transpose(*self.swap)
         if self.reshape is not None:
             part = part.reshape(self.reshape)
-        if isinstance(self.mix, Mix):
-            part = self.mix(part)
-        elif self.mix is not None:
-            assert moves is not None
-            part = self.mix(part, moves)
-        if self.gain is not None and factors is not None:
-            part = self.gain(part, factors)
         return part if self.regroup is None else self.regroup.taken_apart(part)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 
@@ -78,7 +79,7 @@ def layout_of(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Ra
                 tie.axes if tie.transposed and tie.spread is None else None,
                 tie.into.shape if tie.spread is None and len(tie.into.shape) != len(tie.of.shape) else None,
                 mix_of(tie),
-                None if tie.gain is None else Gain(tie.channel_axes[0], gains, tie.gains, tie.gain),
+                None if tie.gain is None else Gain(channel_axes_in_source(tie)[0], gains, tie.gains, tie.gain),
                 regrouping_of(tie),
             )
         )
@@ -98,10 +99,20 @@ def layout_of(ties: list[Tie], targets: dict[str, list[Tie]], kept: dict[str, Ra
     return Layout(axis, tuple(pieces), tuple(views), any(tie.contiguous for tie in ties))
 
 
+def channel_axes_in_source(tie: Tie) -> tuple[int, int]:
+    """The tie's `channel_axes` as dimensions of what it is made of."""
+    channels, others = tie.channel_axes
+    return (others, channels) if tie.transposed and tie.spread is None else (channels, others)
+
+
 def mix_of(tie: Tie) -> Mix | Fitted | None:
+    channels, others = channel_axes_in_source(tie)
     if tie.order is not None:
-        return Fitted(tie.channel_axes[1], tie.order, tie.transposed and tie.spread is None)
-    return None if tie.seed is None or tie.channels is None else Mix.drawn(*tie.channel_axes, tie.shape, tie.seed)
+        return Fitted(others, tie.order)
+    if tie.seed is None or tie.channels is None:
+        return None
+    drawn = Mix.drawn(*tie.channel_axes, tie.shape, tie.seed)
+    return dataclasses.replace(drawn, axis=channels, across=others)
 
 
 def regrouping_of(tie: Tie) -> Regrouping | None:

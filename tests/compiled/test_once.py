@@ -106,7 +106,7 @@ def test_blocks_alike_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     """The mix is found by running a weight's views, which takes as long as the weight is large."""
     seen: list[fx.Node] = []
     found = once._mix
-    monkeypatch.setattr(once, "_mix", lambda chain, origin: (seen.append(origin), found(chain, origin))[1])
+    monkeypatch.setattr(once, "_mix", lambda chain, origin, turned: (seen.append(origin), found(chain, origin, turned))[1])
     _, count = run(pe_fx.transform(nn.Sequential(mlp(), mlp(), mlp()), X, mix="signed"))
     assert count == 3
     assert len(seen) == 1

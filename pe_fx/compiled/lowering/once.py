@@ -47,7 +47,7 @@ def read_once(graph: fx.Graph) -> None:
     Where a gradient is needed, something else reads what is between, and all stays as it is; so it does where rows are many or not
     known, where the one operation takes longer.
     """
-    known: dict[str, Mix | None] = {}
+    known: dict[tuple[str, bool], Mix | None] = {}
     for node in list(graph.nodes):
         second = _product(node)
         if second is None:
@@ -134,25 +134,26 @@ def _weight(product: Product) -> fx.Node | None:
     return weight if turned else None
 
 
-def _back(second: Product, firsts: list[Product], known: dict[str, Mix | None]) -> Back | None:
+def _back(second: Product, firsts: list[Product], known: dict[tuple[str, bool], Mix | None]) -> Back | None:
     """How the second product's matrix is made of a weight of `firsts`, where it is."""
     weights = {_uncast(weight): weight for weight in map(_weight, firsts) if weight is not None}
     dtype = second.node.meta["val"].dtype
     base, turned = _turned(second.matrix, dtype)
     base, gain = _scaled(base, turned)
     base, again = _turned(base, dtype)
-    if turned == again:
-        return Back(weights[base], None, gain) if base in weights else None
+    turned ^= again
+    if base in weights:
+        return None if turned else Back(weights[base], None, gain)
     chain = _chain(base, set(weights), dtype)
     origins = {node for node in chain if node in weights}
     if len(origins) != 1:
         return None
     (origin,) = origins
-    text = _text(chain, origin)
-    if text not in known:
+    key = _text(chain, origin), turned
+    if key not in known:
         with _disable_current_modes():  # Inductor's passes run on fake tensors
-            known[text] = _mix(chain, origin)
-    mix = known[text]
+            known[key] = _mix(chain, origin, turned)
+    mix = known[key]
     return None if mix is None else Back(weights[origin], mix, gain)
 
 
@@ -198,8 +199,11 @@ def _text(chain: list[fx.Node], origin: fx.Node) -> str:
     return "\n".join(map(line, chain))
 
 
-def _mix(chain: list[fx.Node], origin: fx.Node) -> Mix | None:
-    """The mix of the transposed weight that the chain computes, found by running it on the positions of a weight's entries."""
+def _mix(chain: list[fx.Node], origin: fx.Node, turned: bool) -> Mix | None:
+    """The mix of the transposed weight that the chain computes, found by running it on the positions of a weight's entries.
+
+    `turned`: it computes (d, h), else (h, d).
+    """
     height, width = origin.meta["val"].shape
     positions = torch.arange(2.0, height * width + 2, dtype=torch.float64).view(height, width)  # no 1: times an entry is no sign
     values: dict[fx.Node, Any] = {origin: positions}
@@ -208,7 +212,7 @@ def _mix(chain: list[fx.Node], origin: fx.Node) -> Mix | None:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             kwargs = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
             values[node] = args[0] if node.target is CAST else node.target(*args, **kwargs)  # type: ignore[operator]
-    found = values[chain[-1]]
+    found = values[chain[-1]] if turned else values[chain[-1]].t()
     if found.shape != (width, height) or width < 2:
         return None
     mix = Mix(0, 1, int(found[1, 0].abs()) - 2, width, height)
