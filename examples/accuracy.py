@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--searching", type=int, default=2, metavar="SEEDS", help="runs at each learning rate that is tried (default: 2)")
     parser.add_argument("--scale", type=int, default=1, help="times as wide and deep, times the batch, rates divided by it (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
-    parser.add_argument("--jobs", type=int, help="runs at a time (default: 2; on a GPU 6 of each variant)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: 2; on a GPU 3 of each variant)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="on a GPU, begin no run after so many")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("accuracy.csv"), metavar="CSV")
     parser.add_argument("--summary", action="store_true", help="write the page and the plots of what the CSV holds, and stop")
@@ -306,7 +306,7 @@ def main() -> None:
     else:
         from accuracy_gpu import side_by_side
 
-        run_some = side_by_side(studies, options.device, options.jobs or 6, options.seconds)
+        run_some = side_by_side(studies, options.device, options.jobs or 3, options.seconds)
     run_all(studies, options.out, run_some)
 
 

@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,11 +265,13 @@ def children_of(options: argparse.Namespace, work: Path, ready_by: float, learn_
     paths = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
     few = {"PYTHONPATH": paths, "TORCHINDUCTOR_COMPILE_THREADS": "3", "OMP_NUM_THREADS": "1"}
     interpreted = few | ({"TRITON_INTERPRET": "1"} if options.dry_run else {})
-    junit = str(options.out / "tests.xml")
-    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--show-capture=no", "--tb=short", f"--junitxml={junit}"]
+    tested = work / "tested.txt"
+    tested.write_text("\n".join(row["test"] for row in rows_of(options.out / "tests.csv")), encoding="utf-8")
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "gpu_tests", "--show-capture=no", "--tb=short"]
     tests += ["tests/compiled"]
     tests += ["-n", "0", "-k", "test_gpu and (activation or single_read and none-1)"] if options.dry_run else ["-n", "8", "--dist", "load"]
     tests += ["-k", options.tests] if options.tests else []
+    reported = {"PE_FX_TESTS": str(options.out / "tests.csv"), "PE_FX_TESTED": str(tested)}
     learn = [sys.executable, "examples/accuracy.py", "--out", str(options.out / "learning.csv")]
     if options.dry_run:
         learn += ["--device", "cpu", "--tasks", "vit", "--variants", "dense", "--steps", "10", "--seeds", "1", "--searching", "1"]
@@ -282,7 +283,7 @@ def children_of(options: argparse.Namespace, work: Path, ready_by: float, learn_
     cases = [case for case in options.cases or every if case.partition(":")[0] not in done]
     parts = range(1 if options.dry_run else TUNERS)
     return {
-        "tests": [Child("tests", tests, few | ({} if options.dry_run else {"PE_FX_DEVICE": "cuda"}))],
+        "tests": [Child("tests", tests, few | reported | ({} if options.dry_run else {"PE_FX_DEVICE": "cuda"}))],
         "bench": [Child(f"bench {case}", [*me, "--child", f"bench {case}"], few) for case in cases],
         "once": [Child("once", [*me, "--child", "once"], interpreted)],
         "tune": [Child(f"tune {part}", [*me, "--child", f"tune {part}"], interpreted) for part in parts],
@@ -290,21 +291,9 @@ def children_of(options: argparse.Namespace, work: Path, ready_by: float, learn_
     }
 
 
-def outcomes(out: Path, device: str) -> None:
-    """The tests' results as a CSV."""
-    report = out / "tests.xml"
-    if report.exists():
-        for case in ElementTree.parse(report).iter("testcase"):
-            bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-            message = "" if bad is None else (bad.get("message") or "")[:300].replace("\n", " ")
-            row = {"test": f"{case.get('classname')}::{case.get('name')}", "outcome": "passed" if bad is None else bad.tag}
-            append(out / "tests.csv", row | {"message": message} | made_by(device))
-        report.unlink()
-
-
 def is_done(step: str, out: Path) -> bool:
-    """Whether an earlier call has finished the step; of bench it is asked for each case, of learn for each run."""
-    return step not in ("bench", "learn") and bool(rows_of(out / f"{step}.csv"))
+    """Whether an earlier call has finished the step; of tests, bench and learn it is asked for each test, case and run."""
+    return step not in ("tests", "bench", "learn") and bool(rows_of(out / f"{step}.csv"))
 
 
 def check(options: argparse.Namespace, start: float) -> list[str]:
@@ -399,7 +388,6 @@ def run(options: argparse.Namespace) -> None:
     finally:
         for child in [*timed, *learning, *testing]:
             child.send(signal.SIGKILL)
-        outcomes(options.out, "cpu" if options.dry_run else "cuda")
         for stale in work.glob("*"):
             stale.unlink()
         work.rmdir()

@@ -49,21 +49,18 @@ def test_training_learns(accuracy: Any) -> None:
     assert scores[-1] > 50 > scores[0]
 
 
-@pytest.mark.parametrize(("task", "name"), [("vit", "tied, signed, tied weights' rate x 1.5"), ("resnet", "tied, slice")])
-def test_a_seat_takes_the_same_steps(accuracy: Any, task: str, name: str) -> None:
-    """Two runs at once, then one in nets that have trained before."""
+def test_a_seat_takes_the_same_steps(accuracy: Any) -> None:
+    """Run after run, in a net that has trained before."""
     from accuracy_gpu import side_by_side
 
-    study = accuracy.Study(task, (accuracy.variant_of(task, name),), (20,), 3, 1)
-    runs = [accuracy.Run(task, name, place, 20, place) for place in (0, 1, 2)]
+    name = "tied, signed, tied weights' rate x 1.5"
+    variant = accuracy.variant_of("vit", name)
+    study = accuracy.Study("vit", (variant,), (20,), 2, 1)
+    runs = [accuracy.Run("vit", name, 0, 20, seed) for seed in (0, 1)]
     done: list[Any] = []
-    run_some = side_by_side([study], "cpu", 2, 1000)
+    run_some = side_by_side([study], "cpu", 1, 1000)
     done.extend(run_some(lambda: [run for run in runs if run.key not in {tuple(row[name] for name in accuracy.KEY) for row in done}]))
-    for row, run in zip(sorted(done, key=lambda row: row["seed"]), runs, strict=True):
-        expected = accuracy.work(run)
-        assert json.loads(row["curve"]) == pytest.approx(json.loads(expected["curve"]), abs=0.5)  # two images of the 450
-        beside = {"curve": "", "score": ""}
-        assert row | beside == expected | beside
+    assert sorted(done, key=lambda row: row["seed"]) == [accuracy.work(run) for run in runs]
 
 
 def test_across_blocks(accuracy: Any) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("once.csv", "kind,us\nmlp,1.0\n", "tune", False),
         ("learning.csv", "variant\ndense\n", "learn", False),
         ("bench.csv", "model\ngpt2\n", "bench", False),
+        ("tests.csv", "test,outcome\nt::one,passed\n", "tests", False),
     ],
 )
 def test_a_second_call_leaves_out_what_is_there(
@@ -27,3 +32,16 @@ def test_a_second_call_leaves_out_what_is_there(
 
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert is_done(step, tmp_path) is done
+
+
+def test_a_row_for_each_test_as_it_ends(tmp_path: Path) -> None:
+    """A run that is cut off loses no test, and the next one goes on."""
+    (tmp_path / "tested.txt").write_text("test_it.py::test_a", encoding="utf-8")
+    (tmp_path / "test_it.py").write_text("def test_a(): pass\ndef test_b(): pass\ndef test_c(): assert not 'a reason'\n", encoding="utf-8")
+    paths = {"PYTHONPATH": str(EXAMPLES), "PE_FX_TESTS": str(tmp_path / "tests.csv"), "PE_FX_TESTED": str(tmp_path / "tested.txt")}
+    command = [sys.executable, "-m", "pytest", "-p", "gpu_tests", "-p", "no:cacheprovider", "-p", "no:xdist", "test_it.py"]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, check=False)
+    with (tmp_path / "tests.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["test"], row["outcome"]) for row in rows] == [("test_it.py::test_b", "passed"), ("test_it.py::test_c", "failed")]
+    assert "a reason" in rows[1]["message"]
