@@ -1,9 +1,10 @@
-"""Names and messages on their way to a reader: text, whatever characters somebody put into them."""
+"""What a reader sees: names and messages, whatever characters somebody put into them, and how far long work has come."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -37,6 +38,20 @@ def sizes_in(text: str) -> dict[str, int | str]:
     """
     parts = [part.strip().partition("=") for part in text.split(",") if part.strip() not in ("", "none")]
     return {name: int(size) if size.isdecimal() else size or "all" for name, _, size in parts}
+
+
+def with_progress(things: Iterable[T], what: str) -> Iterable[T]:
+    """The same, with a progress bar where that takes more than a second, stderr is a terminal, and tqdm is installed.
+
+    >>> list(with_progress([1, 2], "fitting"))
+    [1, 2]
+    """
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return things
+    bar: Iterable[T] = tqdm(things, what, leave=False, delay=1, disable=None)
+    return bar
 
 
 def legible(value: T) -> T:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_fx.errors import PeFxError
+from pe_fx.text import with_progress
 from pe_fx.tied.assembly import Fitted
 from pe_fx.tied.layouts import layout_of
 from pe_fx.tied.moments import Moments
@@ -105,7 +106,7 @@ def fitted(plan: Plan, model: nn.Module, moments: Moments | None = None) -> Plan
         has_order = tie.channels is not None and plan.shapes[tie.target] == tie.into.full_shape
         return dataclasses.replace(tie, order=_order(fit, tie)) if has_order else tie
 
-    sites = [dataclasses.replace(site, ties=tuple(map(with_order, site.ties))) for site in plan.sites]
+    sites = [dataclasses.replace(site, ties=tuple(map(with_order, site.ties))) for site in with_progress(plan.sites, "fitting orders")]
     return dataclasses.replace(plan, sites=tuple(sites))
 
 
@@ -157,7 +158,7 @@ def fitted_sources(plan: Plan, model: nn.Module, moments: Moments | None = None)
     """
     fit = Fit(model, moments)
     result: dict[str, Tensor] = {}
-    for name in dict.fromkeys(tie.source for tie in plan.ties):
+    for name in with_progress(dict.fromkeys(tie.source for tie in plan.ties), "fitting weights"):
         weight = fit.weights[name]
         source = weight.reshape(-1).double()
         ties = sorted((tie for tie in plan.ties if tie.source == name), key=lambda tie: -tie.of.numel)

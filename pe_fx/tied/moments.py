@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pe_fx.errors import PeFxError
 from pe_fx.graph.capture import rng_restored
 from pe_fx.graph.inputs import ExampleInputs, as_arguments, tensors_in
+from pe_fx.text import with_progress
 
 aten = torch.ops.aten
 
@@ -148,7 +149,7 @@ def moments_of(model: nn.Module, weights: Iterable[str], calibration: Iterable[E
     try:
         model.eval()
         with rng_restored(model), torch.enable_grad():
-            for count, batch in enumerate(calibration, 1):  # noqa: B007 (read when all is done)
+            for count, batch in enumerate(with_progress(calibration, "calibration"), 1):  # noqa: B007 (read when all is done)
                 with _Watch(moments):
                     args, kwargs = pytree.tree_map_only(Tensor, _differentiable, as_arguments(batch, model))
                     leaves = [leaf for leaf in (*parameters.values(), *tensors_in((args, kwargs))) if leaf.requires_grad]
