@@ -24,8 +24,9 @@ from pe_fx.graph.copies import copied
 from pe_fx.tied import twin
 from pe_fx.tied.held import held_plan, uncompiled
 from pe_fx.tied.layouts import axis_of, by_target, kept_ranges, layout_of
+from pe_fx.tied.reading import is_sharded
 from pe_fx.tied.rewrite_modules import INITS
-from pe_fx.tied.weight import MIX, drop_placeholders, hands_of, is_sharded
+from pe_fx.tied.weight import MIX, drop_placeholders, hands_of
 from pe_fx.ties import Plan, gain_of, kept_of, length
 
 PLAN, VERSION = "pe_fx_plan", "pe_fx_version"

@@ -22,6 +22,7 @@ from pe_fx.tied.derived import Derived, derive
 from pe_fx.tied.missing import whereabouts
 from pe_fx.tied.placed import placed
 from pe_fx.tied.read_only import ReadOnly, read_only
+from pe_fx.tied.reading import is_sharded, reader
 from pe_fx.tied.whole import check_loaded, outside_saved
 from pe_fx.ties import Plan, gain_of, kept_of
 
@@ -43,22 +44,29 @@ class TiedWeight:
     order: list[str]
 
     def __post_init__(self) -> None:
-        self.assemble = written_out(self.layout)
         self.moves: list[Tensor] = []
+        self._write_out()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "assemble"}
+        return {name: self.__dict__[name] for name in (*self.__dataclass_fields__, "moves")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
+        self._write_out()
+
+    def _write_out(self) -> None:
+        """The weight as code: of its parts, and for Dynamo, which is given the sources' modules one by one."""
         self.assemble = written_out(self.layout)
+        name = self.name.rpartition(".")[2]
+        self.read = reader(self.layout, name, tuple(each for _, each in self.sources), tuple(each for each in self.order if each != name))
+        self.__dict__ |= {f"source{i}": module for i, (module, _) in enumerate(self.sources)}
 
     def place_moves(self, like: Tensor) -> None:
         """Makes the tensors of fitted orders anew, for a source of this dtype and on this device; on meta they would lose their values."""
         moves = [fitted.moves(like.dtype, "cpu" if like.is_meta else like.device) for fitted in self.layout.fitted]
         self.moves = [tensor for of_one_kind in zip(*moves, strict=True) for tensor in of_one_kind]
 
-    def _moves_beside(self, source: Tensor) -> Iterator[Tensor]:
+    def moves_beside(self, source: Tensor) -> Iterator[Tensor]:
         """Those tensors where the source is: elsewhere they are only where something has moved parameters one by one."""
         for tensor in self.moves:
             dtype = source.dtype if tensor.is_floating_point() else tensor.dtype
@@ -89,7 +97,7 @@ class TiedWeight:
                 "pe_fx.distributed.fully_shard(model) or fully_shard([first, second]); pe_fx.distributed.check(model) names them. "
                 "Tensor parallel needs a style for both: pe_fx.distributed.tensor_parallel_plan"
             )
-        return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *sources, *self._moves_beside(sources[0]))
+        return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *sources, *self.moves_beside(sources[0]))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -117,7 +125,7 @@ class TiedWeight:
             )
         own = {key: value for key, value in (*vars(owner).items(), *owner._parameters.items()) if isinstance(value, Tensor)}
         sources = [own[attribute] for _, attribute in self.sources]
-        return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *sources, *self._moves_beside(sources[0]))
+        return self.assemble(None, own.get(kept_of(name)), own.get(gain_of(name)), *sources, *self.moves_beside(sources[0]))
 
 
 TOLD = "is tied: import pe_fx.transformers before from_pretrained"
@@ -136,11 +144,6 @@ def drop_placeholders(values: dict[str, Any], name: str) -> None:
     for each in (name, f"{name} {TOLD}"):
         if isinstance(values.get(each), Tensor) and not values[each].numel():
             del values[each]
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor, the class of which takes long to import."""
-    return hasattr(parameter, "placements")
 
 
 living: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -314,6 +317,8 @@ def tied_weights_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tie
 def _property(name: str) -> property:
     def dense(self: Any) -> Tensor:
         tied: TiedWeight = self.tied_weights[name]
+        if torch.compiler.is_dynamo_compiling():
+            return cast(Tensor, tied.read(tied, self))
         if is_fx_symbolic_tracing():
             read = _traced(self, name, tied)
             return tied.dense(self, name) if read is None else cast(Tensor, read)
