@@ -212,7 +212,7 @@ def _nearest(goals: list[Goal]) -> Tensor:
     """
     first, rest = goals[0], goals[1:]
     wholes = [goal.rows.trace() * goal.columns.trace() for goal in rest]
-    total = sum(wholes, torch.zeros(())).clamp_min(1e-300)
+    total = sum(wholes, first.rows.new_zeros(())).clamp_min(1e-300)
     rows = sum((goal.rows * goal.columns.trace() for goal in rest), torch.zeros_like(first.rows))
     columns = sum((goal.columns * goal.rows.trace() for goal in rest), torch.zeros_like(first.columns)) / total
     left, right = _common(first.rows, rows), _common(first.columns, columns)

@@ -112,6 +112,17 @@ def test_blocks_alike_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(seen) == 1
 
 
+def test_whatever_the_default_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = once._mix
+
+    def elsewhere(*args: Any) -> Any:
+        with torch.device("meta"):
+            return found(*args)
+
+    monkeypatch.setattr(once, "_mix", elsewhere)
+    assert run(pe_fx.transform(mlp(), X, mix="signed"))[1] == 1
+
+
 class SumOfProducts(CustomGraphPass):
     """What Inductor makes of the matrix products of one row on a GPU, with coordinate descent tuning (mode "max-autotune")."""
 

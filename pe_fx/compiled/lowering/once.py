@@ -205,7 +205,8 @@ def _mix(chain: list[fx.Node], origin: fx.Node, turned: bool) -> Mix | None:
     `turned`: it computes (d, h), else (h, d).
     """
     height, width = origin.meta["val"].shape
-    positions = torch.arange(2.0, height * width + 2, dtype=torch.float64).view(height, width)  # no 1: times an entry is no sign
+    # no 1: times an entry is no sign
+    positions = torch.arange(2.0, height * width + 2, dtype=torch.float64, device="cpu").view(height, width)
     values: dict[fx.Node, Any] = {origin: positions}
     for node in chain:
         if node is not origin:
