@@ -78,9 +78,10 @@ steps do not. The longest kernels of each row are in [kernels.csv](kernels.csv).
 - AdamW: 0.55 to 0.88 of dense's time, for 0.52 (DeiT-S) to 0.66 (GPT-2) of the parameters.
 - With CUDA graphs ResNet50 takes 1.00 (`keep`) and 0.91 (`slice`), DeiT-S at batch 8 and GPT-2 with one row 0.99, forward 1.22 and 1.33.
   The graphs themselves are busy for 0.93 and 0.91: what is added lies before their launch. There torch.compile checks its guards, of
-  which a tied DeiT-S has more: 0.72 ms on that machine, 0.10 ms the dense one, since torch 2.11 has a short cut for modules that a
-  property closes. Torch 2.14 has it no more: on a CPU core here 0.60 and 0.50 ms (2.11: 0.44 and 0.09). What leaves the checks out,
-  `torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)`, makes it 0.05 and 0.06 ms (2.11: 0.21 and 0.09).
+  which a tied DeiT-S had more: 0.72 ms on that machine, the dense one 0.10 ms. (Torch 2.11 has a short cut for modules, which a property
+  closes; torch 2.14 has it no more.) There are fewer since, and no rows yet: on a CPU core of another machine checks take 2.4 times the
+  dense model's with torch 2.11, where they took 3.6, and 1.08 times with torch 2.14, where they took 1.21. They can be left out:
+  `torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)` makes it 0.05 and 0.06 ms with torch 2.14.
 - Signed ties, beside plain ones at the smallest batches: DeiT-S, 8 images, 1.03; GPT-2, one row, busy for 1.01 to 1.02 times as long, in
   steps of 1.06 (CUDA graphs) and 1.14, which wait for the processor.
 - `expand` is busy 1.35 times as long: what is added are its depthwise convolutions, 3.7 ms a step, which have one output for each

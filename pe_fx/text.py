@@ -41,7 +41,7 @@ def sizes_in(text: str) -> dict[str, int | str]:
 
 
 def with_progress(things: Iterable[T], what: str) -> Iterable[T]:
-    """The same, with a progress bar where that takes more than a second, stderr is a terminal, and tqdm is installed.
+    """The same, with a progress bar where that takes more than a second, tqdm is installed, and somebody sees it: no file is written to.
 
     >>> list(with_progress([1, 2], "fitting"))
     [1, 2]

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pe_fx.errors import PeFxError
 from pe_fx.text import printable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Ranges = tuple[tuple[int, int], ...]
 """Sorted, disjoint, half-open ranges of positions along one dimension."""
@@ -475,7 +475,7 @@ class Plan:
             version = body.pop("pe_fx_plan")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise PeFxError(f"this is not a plan written by Plan.to_json(): {error!r}") from error
-        if version != SCHEMA_VERSION:
+        if version not in (1, SCHEMA_VERSION):
             raise PeFxError(
                 f"this plan has schema version {version!r}; this pe_fx reads version {SCHEMA_VERSION}: make the plan anew with pe_fx.plan()"
             )
@@ -484,7 +484,7 @@ class Plan:
             plan: Plan = _decoded(cls, {f.name: body[f.name] for f in dataclasses.fields(cls)})
         except (KeyError, TypeError, ValueError, PeFxError) as error:
             raise PeFxError(f"this plan is damaged: {error if isinstance(error, PeFxError) else repr(error)}") from error
-        return plan
+        return _of_version_1(plan) if version == 1 else plan
 
     def __str__(self) -> str:
         if not self.sites:
@@ -513,6 +513,16 @@ class Plan:
         several = self.far_misses > 1
         pairs = f"{self.far_misses:,} pair{'s' * several} of convolutions, neither of them 1x1 and ungrouped, {'are' if several else 'is'}"
         return [f"{pairs} left as {'they are' if several else 'it is'}"] if self.far_misses else []
+
+
+def _of_version_1(plan: Plan) -> Plan:
+    """In which signed weights lay in memory row by row, so that nobody asked whether the model views them so."""
+
+    def in_rows(tie: Tie) -> Tie:
+        return dataclasses.replace(tie, contiguous=True) if tie.seed is not None and tie.transposed and tie.spread is None else tie
+
+    sites = tuple(dataclasses.replace(site, ties=tuple(map(in_rows, site.ties))) for site in plan.sites)
+    return dataclasses.replace(plan, sites=sites)
 
 
 ONE_PATH = "captured by a run: where values decide, this is the path that the inputs took"

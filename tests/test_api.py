@@ -432,6 +432,16 @@ def test_json_of_another_version() -> None:
         Plan.from_json(json.dumps(body))
 
 
+def test_json_of_version_1() -> None:
+    """Signed weights lay row by row then, whether a model needed that or not."""
+    old = {mix: json.loads(pe_fx.plan(mlp(), X, mix=mix).to_json()) | {"pe_fx_plan": 1} for mix in ("none", "signed")}
+    contiguous = {mix: [tie.contiguous for tie in Plan.from_json(json.dumps(body)).ties] for mix, body in old.items()}
+    assert contiguous == {"none": [False], "signed": [True]}
+    tied = pe_fx.apply(mlp(), Plan.from_json(json.dumps(old["signed"])))
+    assert tied[2].weight.is_contiguous()
+    assert pe_fx.verify(tied, X)
+
+
 def dropped(key: str) -> Callable[[dict[str, Any]], Any]:
     return lambda body: body.pop(key)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import pe_fx
 from pe_fx import PeFxError
 from pe_fx.graph.copies import copied
+from pe_fx.tied.weight import TiedWeight, tied_weights_in
 
 X = torch.randn(3, 5, 8)
 
@@ -225,6 +226,19 @@ def test_a_deep_copy_is_tied_in_itself(layer: type[nn.Linear]) -> None:
     assert not other[2].weight.any()
     assert tied[2].weight.any()
     assert pe_fx.verify(tied, X)
+
+
+@pytest.mark.parametrize("options", [{}, {"mix": "signed"}, {"mix": "signed", "gain": 0.5}, {"mix": "fitted"}], ids=str)
+def test_a_layout_is_not_pickled_but_made_of_the_plan(options: dict[str, Any]) -> None:
+    """Whatever the version that wrote the file made of it."""
+    tied = pe_fx.transform(mlp(), X, **options)
+    _, _, _, weight = next(tied_weights_in(tied))
+    state = weight.__getstate__()
+    again = object.__new__(TiedWeight)
+    again.__setstate__(state | {"layout": "of another version"})
+    assert "layout" not in state
+    assert again.layout == weight.layout
+    assert torch.equal(pickle.loads(pickle.dumps(tied))(X), tied(X))
 
 
 def test_a_layer_that_pickles_something_else() -> None:

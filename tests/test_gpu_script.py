@@ -40,7 +40,8 @@ def test_a_row_for_each_test_as_it_ends(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("def test_a(): pass\ndef test_b(): pass\ndef test_c(): assert not 'a reason'\n", encoding="utf-8")
     paths = {"PYTHONPATH": str(EXAMPLES), "PE_FX_TESTS": str(tmp_path / "tests.csv"), "PE_FX_TESTED": str(tmp_path / "tested.txt")}
     command = [sys.executable, "-m", "pytest", "-p", "gpu_tests", "-p", "no:cacheprovider", "-p", "no:xdist", "test_it.py"]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, check=False)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    subprocess.run(command, cwd=tmp_path, env=inherited | paths, capture_output=True, check=False)
     with (tmp_path / "tests.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["test"], row["outcome"]) for row in rows] == [("test_it.py::test_b", "passed"), ("test_it.py::test_c", "failed")]

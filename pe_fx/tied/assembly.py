@@ -147,7 +147,7 @@ class Regrouping:
 class View:
     """A part of a stored tensor: `ranges` of each dimension (None: all of it), mixed and scaled, dimensions `swap` exchanged, `reshape`d.
 
-    What is mixed and scaled stays in the order in memory that it has, so that each of its uses may read it as it likes.
+    What is mixed and scaled stays row by row of its source, so that it is written once, and each use may read it as it likes.
     `regroup`: in place of the exchange, through a matrix whose rows or columns lie along several dimensions.
     Written with methods and `cat` alone, so that it runs on tensors and on torch.fx proxies.
     """

@@ -19,6 +19,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from pe_fx.errors import PeFxError
 from pe_fx.tied.assembly import Layout, written_out
 from pe_fx.tied.derived import Derived, derive
+from pe_fx.tied.layouts import by_target, kept_ranges, layout_of
 from pe_fx.tied.missing import whereabouts
 from pe_fx.tied.placed import placed
 from pe_fx.tied.read_only import ReadOnly, read_only
@@ -48,10 +49,14 @@ class TiedWeight:
         self._write_out()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in (*self.__dataclass_fields__, "moves")}
+        """Without the layout, which is no more than what this version makes of the plan."""
+        return {name: self.__dict__[name] for name in (*self.__dataclass_fields__, "moves") if name != "layout"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
+        near = {self.name, *(tie.source for tie in self.plan.ties if tie.target == self.name)}
+        targets = by_target(tie for tie in self.plan.ties if tie.target in near)
+        self.layout = layout_of(targets[self.name], targets, {name: kept_ranges(ties) for name, ties in targets.items()})
         self._write_out()
 
     def _write_out(self) -> None:

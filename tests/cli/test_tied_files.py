@@ -168,7 +168,7 @@ INFO = """
 file     tied.safetensors
 tensors  9 of float32, 1,824 bytes
 model    net.py:build
-plan     pe_fx 1.2.3, schema version 1, captured by export
+plan     pe_fx 1.2.3, schema version 2, captured by export
 options  rules mlp, glu; share none; across none; entry keep; mix none
 
 site    kind   ties                     saved
@@ -178,7 +178,7 @@ site    kind   ties                     saved
 
 NARROW = """
 file     plan.json
-plan     schema version 1, captured by export
+plan     schema version 2, captured by export
 options  rules squeeze_excite, attention, glu, mlp,
          bottleneck; share bottleneck=all; across none;
          entry keep; include 1, 2; mix none
@@ -192,7 +192,7 @@ def test_info(monkeypatch: pytest.MonkeyPatch) -> None:
         assert run("info", tied, columns=columns).stdout.startswith(INFO[1:])
     assert run("info", tied).stdout.endswith(run("plan", "net.py:build").stdout)
     found = json.loads(run("info", tied, "--json").stdout)
-    assert (found["file"], found["versions"]) == (tied, {"plan": 1, "pe_fx": "1.2.3"})
+    assert (found["file"], found["versions"]) == (tied, {"plan": 2, "pe_fx": "1.2.3"})
     assert found["tensors"] == {"float32": {"tensors": 9, "bytes": 1824}}
     assert pe_fx.Plan.from_json(json.dumps(found["plan"])) == checkpoint.read_plan(tied)
 
@@ -201,7 +201,7 @@ def test_info_of_a_plan() -> None:
     run("plan", "net.py:build", "--include", "1", "--include", "2", "-o", "plan.json")
     assert run("info", "plan.json", "--width", "60").stdout.startswith(NARROW[1:])
     found = json.loads(run("info", "plan.json", "--json").stdout)
-    assert (found["tensors"], found["versions"]) == (None, {"plan": 1, "pe_fx": None})
+    assert (found["tensors"], found["versions"]) == (None, {"plan": 2, "pe_fx": None})
 
 
 @pytest.mark.parametrize("form", ["pt", "bin", "bin.index.json", "safetensors.index.json"])
