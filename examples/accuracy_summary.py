@@ -57,18 +57,18 @@ the mean of the two seeds of the search.
   times the multiply-adds. A dense net that is wider and half as deep is ahead by 0.055 ± 0.008 after 1,000, at the same multiply-adds,
   and by no more than 0.002 ± 0.021 after 3,000.
 - **On the digits** no ViT is worse than dense by more than five seeds can tell: after 105 steps plain ties +2.4 ± 7.6 %, signed ones +3.2
-  ± 2.6 %, half as deep +4.6 ± 5.2 %, and after 420 +0.5 ± 1.0 %, +0.8 ± 1.0 % and -0.6 ± 1.8 %. ResNets after 105 and 420 steps: plain
-  -0.9 ± 1.1 and -0.6 ± 0.7 %, signed -0.2 ± 0.8 and 0.0 ± 0.3 %, signed with `slice` +0.2 ± 0.7 and 0.0 ± 0.4 %, with `expand` +0.3 ± 1.1
-  and +0.2 ± 0.4 %, a dense one with fewer blocks +0.1 ± 1.1 and -0.2 ± 0.5 %. Signs make a ResNet better by 0.7 ± 0.7 and 0.6 ± 0.7 %, a
-  ViT by 0.8 ± 9.2 and 0.3 ± 1.6 %: not beyond doubt.
+  ± 2.6 %, half as deep +4.6 ± 5.2 %, after 420 +0.5 ± 1.0 %, +0.8 ± 1.0 % and -0.6 ± 1.8 %, after 1,680 +0.2 ± 1.3 %, -0.3 ± 0.9 % and
+  -0.5 ± 1.4 %. ResNets after 105 and 420 steps: plain -0.9 ± 1.1 and -0.6 ± 0.7 %, signed -0.2 ± 0.8 and 0.0 ± 0.3 %, signed with `slice`
+  +0.2 ± 0.7 and 0.0 ± 0.4 %, with `expand` +0.3 ± 1.1 and +0.2 ± 0.4 %, a dense one with fewer blocks +0.1 ± 1.1 and -0.2 ± 0.5 %. Signs
+  make a ResNet better by 0.7 ± 0.7 and 0.6 ± 0.7 %, a ViT by 0.8 ± 9.2, 0.3 ± 1.6 and -0.4 ± 0.9 %: not beyond doubt.
 - **A third of the parameters** (35 %: signed ties, shared in pairs) cost 0.083 ± 0.013 after 1,000 steps.
 
 So: where training is short or multiply-adds are what is scarce, make the net shallower. Where it is long, and weights, optimizer state or
 traffic are scarce, tie, with `mix="signed"` and 1.5 times the rate; then spend what that saves on width, not on corrections. Share
 between blocks on top where size counts above all. The plain tie is the default since it is the paper's.
 
-Left out: 3,000 steps beyond the search, but for seven variants, at the best rate that the search had come to; of `vit` and `resnet` the
-third length (1,680 steps) beyond the search, at 420 steps some variants, and those that the language model settled. `lm` ran on an H200,
+Left out: 3,000 steps beyond the search, but for seven variants, at the best rate that the search had come to; of the digits 1,680 steps
+but for four ViTs, 420 steps of some variants, and those that the language model settled. `lm` ran on an H200,
 but those seven on a CPU, with the text of another Python; the digits on both."""
 
 DIGITS = """\
