@@ -82,8 +82,9 @@ steps do not. The longest kernels of each row are in [kernels.csv](kernels.csv).
   closes; torch 2.14 has it no more.) There are fewer since, and no rows yet: on a CPU core of another machine checks take 2.4 times the
   dense model's with torch 2.11, where they took 3.6, and 1.08 times with torch 2.14, where they took 1.21. They can be left out:
   `torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)` makes it 0.05 and 0.06 ms with torch 2.14.
-- Signed ties, beside plain ones at the smallest batches: DeiT-S, 8 images, 1.03; GPT-2, one row, busy for 1.01 to 1.02 times as long, in
-  steps of 1.06 (CUDA graphs) and 1.14, which wait for the processor.
+- Signed ties, beside plain ones at the smallest batches: DeiT-S, 8 images, 1.03 in the run before (its signed rows are of that run, the
+  others of a later one); GPT-2, one row, busy for 1.01 to 1.02 times as long, in steps of 1.06 (CUDA graphs) and 1.14, which wait for
+  the processor.
 - `expand` is busy 1.35 times as long: what is added are its depthwise convolutions, 3.7 ms a step, which have one output for each
   repeated channel. (With several outputs a channel cuDNN ran a kernel for each channel: 6.7 times as long.)""",
 }

@@ -477,7 +477,8 @@ class Plan:
             raise PeFxError(f"this is not a plan written by Plan.to_json(): {error!r}") from error
         if version not in (1, SCHEMA_VERSION):
             raise PeFxError(
-                f"this plan has schema version {version!r}; this pe_fx reads version {SCHEMA_VERSION}: make the plan anew with pe_fx.plan()"
+                f"this plan has schema version {version!r}; this pe_fx reads versions 1 and {SCHEMA_VERSION}: "
+                "make the plan anew with pe_fx.plan()"
             )
         try:
             body = {"capture": cls.capture, "far_misses": cls.far_misses} | body  # the youngest fields

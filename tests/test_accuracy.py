@@ -49,14 +49,13 @@ def test_training_learns(accuracy: Any) -> None:
     assert scores[-1] > 50 > scores[0]
 
 
-def test_a_seat_takes_the_same_steps(accuracy: Any) -> None:
+@pytest.mark.parametrize(("task", "name"), [("vit", "tied, signed, tied weights' rate x 1.5"), ("resnet", "tied, slice")])
+def test_a_seat_takes_the_same_steps(accuracy: Any, task: str, name: str) -> None:
     """Run after run, in a net that has trained before."""
     from accuracy_gpu import side_by_side
 
-    name = "tied, signed, tied weights' rate x 1.5"
-    variant = accuracy.variant_of("vit", name)
-    study = accuracy.Study("vit", (variant,), (20,), 2, 1)
-    runs = [accuracy.Run("vit", name, 0, 20, seed) for seed in (0, 1)]
+    study = accuracy.Study(task, (accuracy.variant_of(task, name),), (20,), 2, 1)
+    runs = [accuracy.Run(task, name, 0, 20, seed) for seed in (0, 1)]
     done: list[Any] = []
     run_some = side_by_side([study], "cpu", 1, 1000)
     done.extend(run_some(lambda: [run for run in runs if run.key not in {tuple(row[name] for name in accuracy.KEY) for row in done}]))

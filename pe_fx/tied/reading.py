@@ -23,7 +23,6 @@ def reader(layout: Layout, name: str, attributes: tuple[str, ...], beside: tuple
     `attributes`: the names of the sources, whose modules the tied weight holds as `source0` and so on; `beside`: those of the module's
     other parameters. Names stand in the code as constants, which takes less than half of the checks that a loop over them takes.
     """
-    numbers = range(len(attributes))
     general = f"tied.dense(owner, {name!r})"
     own = "".join(
         f"own[{each!r}] if own.get({each!r}) is not None else " for each in dict.fromkeys((*beside, kept_of(name), gain_of(name)))
@@ -41,7 +40,7 @@ def reader(layout: Layout, name: str, attributes: tuple[str, ...], beside: tuple
             f"    source{i} = placed(source{i}, tied.source{i}, {attribute!r}, beside)",
             f"    if source{i} is None or is_sharded(source{i}): return {general}",
         ]
-    given = [f"own.get({kept_of(name)!r})", f"own.get({gain_of(name)!r})", *(f"source{i}" for i in numbers)]
+    given = [f"own.get({kept_of(name)!r})", f"own.get({gain_of(name)!r})", *(f"source{i}" for i in range(len(attributes)))]
     given += ["*tied.moves_beside(source0)"] if layout.fitted else []
     lines.append(f"    return assemble(None, {', '.join(given)})")
     space: dict[str, Any] = {"placed": placed, "is_sharded": is_sharded, "assemble": written_out(layout)}
