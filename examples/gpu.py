@@ -269,9 +269,10 @@ def children_of(options: argparse.Namespace, work: Path, ready_by: float, learn_
     tested.write_text("\n".join(row["test"] for row in rows_of(options.out / "tests.csv")), encoding="utf-8")
     tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "gpu_tests", "--show-capture=no", "--tb=short"]
     tests += ["tests/compiled"]
-    tests += ["-n", "0", "-k", "test_gpu and (activation or single_read and none-1)"] if options.dry_run else ["-n", "8", "--dist", "load"]
+    few_tests = ["-n", "0", "-k", "test_gpu and (activation or single_read and none-1)"]
+    tests += few_tests if options.dry_run else ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]
     tests += ["-k", options.tests] if options.tests else []
-    reported = {"PE_FX_TESTS": str(options.out / "tests.csv"), "PE_FX_TESTED": str(tested)}
+    reported = {"PE_FX_TESTS": str(options.out / "tests.csv"), "PE_FX_TESTED": str(tested), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     learn = [sys.executable, "examples/accuracy.py", "--out", str(options.out / "learning.csv")]
     if options.dry_run:
         learn += ["--device", "cpu", "--tasks", "vit", "--variants", "dense", "--steps", "10", "--seeds", "1", "--searching", "1"]

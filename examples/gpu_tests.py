@@ -20,6 +20,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ and (report.when == "call" or not report.passed):
-        message = "" if report.passed else str(report.longrepr)[-1000:].replace("\n", " ")
+        message = "" if report.passed else str(report.longrepr)[-2000:].replace("\n", " ")
         row = {"test": report.nodeid, "outcome": report.outcome, "message": message}
         append(Path(os.environ["PE_FX_TESTS"]), row | made_by(os.environ.get("PE_FX_DEVICE", "cpu")))

@@ -55,7 +55,8 @@ class Mix:
 
     def __call__(self, part: Tensor, rank: int = 2) -> Tensor:
         """`rank`: the number of dimensions of the part."""
-        rows: Tensor = part.unflatten(self.axis, (-1, self.hands))  # type: ignore[no-untyped-call]
+        # not the method: under a default device, Dynamo of torch 2.11 cannot trace it
+        rows = torch.unflatten(part, self.axis, (-1, self.hands))
         dealt = rows.transpose(self.axis, self.axis + 1)
         across = self.across + (self.across > self.axis)
         dealt = dealt * _half_negative(part, self.height).reshape(self.hands, *_along(self.axis, rank))

@@ -532,7 +532,7 @@ class Packed(nn.Module):
         self.qkv, self.proj = linear(16, 48), linear(16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
         attended = nn.functional.scaled_dot_product_attention(q, k, v)
         y: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return y

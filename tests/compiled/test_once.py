@@ -120,7 +120,10 @@ def test_whatever_the_default_device_is(monkeypatch: pytest.MonkeyPatch) -> None
             return found(*args)
 
     monkeypatch.setattr(once, "_mix", elsewhere)
-    assert run(pe_fx.transform(mlp(), X, mix="signed"))[1] == 1
+    tied = pe_fx.transform(mlp(), X, mix="signed")
+    assert run(tied)[1] == 1
+    with X.device:  # as set_default_device: one graph, nevertheless
+        assert run(tied)[1] == 1
 
 
 class SumOfProducts(CustomGraphPass):

@@ -19,7 +19,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from pe_fx.compiled.lowering import single_read_cpu
+from pe_fx.compiled.lowering import single_read_cpu, single_read_gpu
 from pe_fx.compiled.lowering.single_read_plain import plain
 from pe_fx.compiled.lowering.unit import NoUnit, evaluate, lines_of, source, unit_between
 
@@ -111,12 +111,13 @@ def test_other_dtypes_go_the_plain_way() -> None:
     close(single_read(x, mixed, [bias], 0, RELU, 1)[0], exact(x, mixed, [bias], 0, torch.relu))
 
 
-def test_what_is_no_matrix_of_this_width_is_an_error() -> None:
+@pytest.mark.parametrize("kernel", [single_read_cpu, single_read_gpu])
+def test_what_is_no_matrix_of_this_width_is_an_error(kernel: Any) -> None:
     x, weights, bias, _ = drawn(2, 20, 30, 1, torch.float32)
     with pytest.raises(RuntimeError, match="shape"):
-        single_read(x[:, :19], weights, [None], 0, RELU, 1)
+        kernel.single_read(x[:, :19], weights, [None], 0, RELU, 1)
     with pytest.raises(RuntimeError, match="size"):
-        single_read(x, weights, [bias[:29]], 0, RELU, 1)
+        kernel.single_read(x, weights, [bias[:29]], 0, RELU, 1)
 
 
 def test_the_same_each_time_with_two_threads(threads: None) -> None:
@@ -337,16 +338,18 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         tuning = single_read_gpu.Tuning(2, 4, 1, 1)
         one, two = single_read_gpu.launch(*args, tuning).sum(0), plain(*args).sum(0)
         found.append(((one - two).abs().max() / two.abs().max()).item())
-print(json.dumps(found))
+infinite = (torch.tensor([[-torch.inf], [torch.inf]]), [torch.ones(1, 1)], [None], 0, "t0=maximum(a,0.0);t1=minimum(t0,6.0)", 3)
+print(json.dumps([found, single_read_gpu.launch(*infinite, tuning).sum(0).flatten().tolist()]))
 """
 
 
 def test_triton_computes_the_same() -> None:
     pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA")
     units = [GELU, RELU, SWIGLU, *(between(ACTIVATIONS[name]) for name in ("elu", "mish", "hardswish", "gelu_tanh", "larger", "steps"))]
-    found = json.loads(run(INTERPRETED.replace("UNITS", json.dumps(units)), TRITON_INTERPRET="1"))
+    found, of_infinite = json.loads(run(INTERPRETED.replace("UNITS", json.dumps(units)), TRITON_INTERPRET="1"))
     assert len(found) == 3 * len(units)
     assert max(found) < 1e-5
+    assert of_infinite == [0, 6]  # nothing comes of the hidden units that fill the last block up
 
 
 HOPPER = """

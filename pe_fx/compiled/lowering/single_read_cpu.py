@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pe_fx.compiled.lowering.single_read_plain import plain
+from pe_fx.compiled.lowering.single_read_plain import are_layers, plain
 from pe_fx.compiled.lowering.unit import source
 
 TYPES = {torch.float32: "float", torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
@@ -150,12 +150,10 @@ extern "C" void kernel(
 
 def single_read(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], negated: int, unit: str, splits: int) -> Tensor:
     (rows, width), height = x.shape, weights[-1].shape[0]
-    numbers = [bias for bias in biases if bias is not None]
-    tensors = [*weights, *numbers]
+    tensors = [*weights, *(bias for bias in biases if bias is not None)]
     alike = all(each.dtype == x.dtype for each in tensors)
-    shaped = all(each.shape == (height, width) for each in weights) and all(each.shape == (height,) for each in numbers)
     stored = all(each.is_contiguous() for each in tensors)
-    if not (x.dtype in TYPES and alike and shaped and stored and 0 < rows <= MOST_ROWS and vectorized()):
+    if not (x.dtype in TYPES and alike and are_layers(x, weights, biases) and stored and 0 < rows <= MOST_ROWS and vectorized()):
         return plain(x, weights, biases, negated, unit, splits)
     kernel = compiled(unit, x.dtype, rows, tuple(bias is not None for bias in biases))
     threads = torch.get_num_threads()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pe_fx.compiled.lowering.single_read_plain import are_layers, plain
 from pe_fx.compiled.lowering.unit import source
 
 HEADER = '''
@@ -83,6 +84,8 @@ def splits_of(device: torch.device, rows: int, width: int, weights: int, dtype: 
 
 
 def single_read(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], negated: int, unit: str, splits: int) -> Tensor:
+    if not are_layers(x, weights, biases):
+        return plain(x, weights, biases, negated, unit, splits)
     return launch(x, weights, biases, negated, unit, splits, tuning_of(x.shape[0], x.shape[1], len(weights), x.dtype))
 
 
@@ -141,7 +144,7 @@ def kernel_source(unit: str, rows: int, biased: tuple[bool, ...], signed: bool) 
         for name, expression in source(unit, "triton", f"_{row}"):
             lines.append(f"        {name} = {expression}")
             result = name
-        lines.append(f"        h_{row} = {result}" + " * sign" * signed)
+        lines.append(f"        h_{row} = tl.where(there, {result}, 0.0)" + " * sign" * signed)  # 0 * inf is not 0
         lines.append(f"        total_{row} += tl.sum(v{each[-1]} * h_{row}[:, None], 0)")
     lines += [f"    tl.store(out + (tl.program_id(0) * {rows} + {row}) * WIDTH + column, total_{row}, inside)" for row in range(rows)]
     return "\n".join(lines) + "\n"

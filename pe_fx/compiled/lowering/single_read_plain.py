@@ -28,3 +28,10 @@ def plain(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], negated
     hidden = torch.cat([-hidden[:, :negated], hidden[:, negated:]], 1)
     whole = hidden @ weights[-1].float()
     return torch.cat([whole[None], whole.new_zeros(splits - 1, *whole.shape)])
+
+
+def are_layers(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> bool:
+    """Whether all shapes fit, which compiled kernels take for granted."""
+    height, width = weights[-1].shape[0], x.shape[1]
+    biases_fit = all(bias.shape == (height,) for bias in biases if bias is not None)
+    return biases_fit and all(weight.shape == (height, width) for weight in weights)
