@@ -82,8 +82,8 @@ once). The longest kernels of each row are in [kernels.csv](kernels.csv).
   out: `torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)` makes it 0.05 and 0.06 ms with torch 2.14.
 - Signed ties beside plain ones, at the smallest batches: GPT-2 1.01 in both modes, DeiT-S 1.01 with CUDA graphs and 1.06 without, where
   it waits for the launch of 18 kernels more. Fitted ties, DeiT-S, 1.07 and 1.13: their orders are read by index, 96 kernels more.
-- `expand` is busy 1.37 times as long (a step 1.13): what is added are its depthwise convolutions, 3.7 ms a step, which have one output for each
-  repeated channel. (With several outputs a channel cuDNN ran a kernel for each channel: 6.7 times as long.)""",
+- `expand` is busy 1.37 times as long (a step 1.13): what is added are its depthwise convolutions, 3.7 ms a step, which have one output
+  for each repeated channel. (With several outputs a channel cuDNN ran a kernel for each channel: 6.7 times as long.)""",
 }
 
 READ_ONCE = """\
