@@ -382,6 +382,11 @@ def _is_part_of_output(op: Op) -> bool:
     return bool(divided) and {*op.weight.in_dims}.issuperset(divided)
 
 
+def is_open(flow: Flow, op: Op) -> bool:
+    """Whether a pattern may end at an operation: with a matrix that no site has claimed."""
+    return (_is_matrix(op) or _is_part_of_output(op)) and _may_end(flow, op) and not _is_claimed(flow, op)
+
+
 def _is_claimed(flow: Flow, op: Op) -> bool:
     return op.weight is not None and flow.owner(op.weight.block) is not None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Net, assert_equals_twin, assert_hit, assert_miss, linear, ties, weight
+from oracle import Net, assert_equals_twin, assert_hit, assert_idempotent, assert_miss, linear, ties, weight
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -171,6 +172,94 @@ def test_rows_that_two_patterns_want() -> None:
     net = Net(forward, i=linear(D, 4 * D), o=linear(D, D), f=linear(D, D))
     plan = assert_ties(net, VALUES, OUT)
     assert "between i.weight[8:16] and f.weight is read elsewhere too: transpose_1 by scaled_dot_product_attention" in plan.explain()
+
+
+# ---- a feed-forward layer whose first matrix is rows of a weight
+
+UP = "f.weight ← i.weight[24:36]ᵀ"
+
+
+def ungated(*between: nn.Module, last: Callable[[Net, Tensor, Tensor], Tensor] = lambda m, x, h: m.f(h)) -> Net:
+    """Attention and feed-forward layer side by side, as in ViT-22B: one weight makes q, k, v and what is hidden."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v, hidden = m.i(x).split([D, D, D, H], -1)
+        return x + m.o(attended(q, k, v)) + last(m, x, m.between(F.gelu(hidden)))
+
+    parts = {"i": linear(D, 3 * D + H), "o": linear(D, D), "f": linear(H, D), "between": nn.Sequential(*between)}
+    return Net(forward, **parts)
+
+
+@pytest.mark.parametrize("between", [(), (nn.Dropout(0.0),), (nn.LayerNorm(H), nn.Tanh())], ids=["act", "dropout", "norm"])
+def test_attention_and_feed_forward_in_one_weight(between: tuple[nn.Module, ...]) -> None:
+    model = ungated(*between)
+    plan = assert_ties(model, VALUES, OUT, UP)
+    assert [site.kind for site in plan.sites] == ["attention", "mlp"]
+    assert_idempotent(model, X)
+
+
+def test_their_outputs_in_one_weight() -> None:
+    """As in the single-stream blocks of Flux: the columns of the last weight are of attention and of the feed-forward layer."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v, hidden = m.i(x).split([D, D, D, H], -1)
+        return x + m.out(torch.cat([attended(q, k, v), F.gelu(hidden)], -1))
+
+    net = Net(forward, i=linear(D, 3 * D + H), out=linear(D + H, D))
+    assert_ties(net, VALUES, "out.weight[:, 0:8] ← i.weight[0:8]ᵀ", "out.weight[:, 8:20] ← i.weight[24:36]ᵀ")
+
+
+@pytest.mark.parametrize("rules", [["mlp"], ["attention"]])
+def test_one_of_them_alone(rules: list[str]) -> None:
+    assert_ties(ungated(), *([UP] if rules == ["mlp"] else [VALUES, OUT]), rules=rules)
+
+
+@pytest.mark.parametrize("options", [{"mix": "signed", "gain": True}, {"mix": "fitted"}, {"init": "mean"}], ids=str)
+def test_they_are_mixed_and_started_as_others_are(options: dict[str, Any]) -> None:
+    model = ungated()
+    plan = pe_fx.plan(model, X, **{key: value for key, value in options.items() if key != "init"})
+    assert len(plan.ties) == 3
+    tied = pe_fx.transform(model, X, **options)
+    torch.testing.assert_close(pe_fx.untie(tied)(X), tied(X))
+
+
+def test_both_halves_of_a_weight_and_a_weight_that_runs_twice() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        for _ in range(2):
+            first, second = m.i(x).chunk(2, -1)
+            x = x + m.f(first.relu()) + m.g(second.tanh())
+        return x
+
+    net = Net(forward, i=linear(D, 2 * H), f=linear(H, D), g=linear(H, D))
+    assert_hit(net, X, "f.weight ← i.weight[0:12]ᵀ", "g.weight ← i.weight[12:24]ᵀ", kind="mlp")
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        (lambda m, x, h: m.f(h) + h.mean(-1, keepdim=True), r"between i\.weight\[24:36\] and f\.weight is read elsewhere too: .* by mean"),
+        (lambda m, x, h: m.f(h.flip(-1)), r"channels of i\.weight\[24:36\] reach f\.weight in another order"),
+        (lambda m, x, h: m.f(h) + F.linear(x, m.i.weight[24:32]), r"i\.weight\[24:36\] is used a second time, not with f\.weight"),
+        (lambda m, x, h: m.f(h) + F.linear(torch.ones(H), m.f.weight), r"f\.weight is used a second time, not with i\.weight\[24:36\]"),
+        (lambda m, x, h: m.f(h) + m.f.weight.sum(), r"f\.weight is read by add too"),
+    ],
+    ids=["read elsewhere", "another order", "rows used again", "last used again", "read"],
+)
+def test_rows_that_are_no_first_matrix(last: Callable[[Net, Tensor, Tensor], Tensor], reason: str) -> None:
+    plan = assert_ties(ungated(last=last), VALUES, OUT)
+    assert [miss.kind for miss in plan.misses] == ["mlp"]
+    assert re.search(reason, plan.misses[0].reason), plan.explain()
+
+
+@pytest.mark.parametrize("joined", [lambda a, b: a.sigmoid() * b.tanh(), lambda a, b: a.relu() + b.relu()], ids=["gated", "added"])
+def test_rows_that_are_joined_are_no_first_matrix(joined: Callable[[Tensor, Tensor], Tensor]) -> None:
+    net = Net(lambda m, x: m.f(joined(*m.i(x).chunk(2, -1))), i=linear(D, 2 * H), f=linear(H, D))
+    assert not pe_fx.plan(net, X).sites
+
+
+def test_rows_without_a_nonlinearity() -> None:
+    net = Net(lambda m, x: m.f(m.i(x)[..., :H]) + m.i(x)[..., H:].relu(), i=linear(D, H + D), f=linear(H, D))
+    assert not pe_fx.plan(net, X).sites
 
 
 # ---- whole weights

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pe_fx
+from pe_fx.errors import PeFxError
 from pe_fx.api import KINDS
 from pe_fx.passes.variants import MIXES
 from pe_fx.tied.rewrite_modules import INITS
@@ -301,13 +302,14 @@ class JointBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Parallel:
-    """Attentions and gated units side by side, so many of each: one weight makes what they work with, in any order of `roles`.
+    """Attentions, gated and plain units side by side, so many of each: one weight makes what they work with, in any order of `roles`.
 
     `frozen`: their last weights that are not trained. Roles are named by a letter and the number of the unit.
     """
 
     attentions: int
     gates: int
+    plain: int
     roles: tuple[str, ...]
     frozen: tuple[str, ...] = ()
     transposed: bool = False
@@ -315,19 +317,21 @@ class Parallel:
 
     @property
     def lasts(self) -> list[str]:
-        return [f"o{i}" for i in range(self.attentions)] + [f"d{i}" for i in range(self.gates)]
+        counts = {"o": self.attentions, "d": self.gates, "e": self.plain}
+        return [f"{letter}{i}" for letter, count in counts.items() for i in range(count)]
 
     @property
     def sites(self) -> list[Expected]:
-        gated = [name for name in self.lasts if name[0] == "d" and name not in self.frozen]
-        return [("attention", ("w", f"o{i}")) for i in range(self.attentions)] + [("glu", ("w", name)) for name in gated]
+        units = [name for name in self.lasts if name[0] != "o" and name not in self.frozen]
+        found = [("glu" if name[0] == "d" else "mlp", ("w", name)) for name in units]
+        return [("attention", ("w", f"o{i}")) for i in range(self.attentions)] + found
 
 
 class ParallelBlock(nn.Module):
     def __init__(self, spec: Parallel) -> None:
         super().__init__()
         self.spec = spec
-        self.widths = [spec.hidden if role[0] in "gu" else WIDTH for role in spec.roles]
+        self.widths = [spec.hidden if role[0] in "guh" else WIDTH for role in spec.roles]
         shape = (sum(self.widths), WIDTH)
         self.w = nn.Parameter(torch.randn(shape[::-1] if spec.transposed else shape) / 4)
         for name in spec.lasts:
@@ -342,8 +346,10 @@ class ParallelBlock(nn.Module):
             if name[0] == "o":
                 q, k, v = (part[role + i].unflatten(-1, (2, -1)).transpose(1, 2) for role in "qkv")
                 hidden = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
-            else:
+            elif name[0] == "d":
                 hidden = F.silu(part["g" + i]) * part["u" + i]
+            else:
+                hidden = F.gelu(part["h" + i])
             x = x + F.linear(hidden, getattr(self, name))
         return x
 
@@ -459,9 +465,9 @@ experts = st.builds(
 
 @st.composite
 def parallels(draw: st.DrawFn) -> Parallel:
-    attentions, gates = draw(st.sampled_from([(1, 1), (2, 0), (0, 2), (2, 1), (1, 2)]))
-    roles = [f"{role}{i}" for i in range(attentions) for role in "qkv"] + [f"{role}{i}" for i in range(gates) for role in "gu"]
-    spec = Parallel(attentions, gates, tuple(draw(st.permutations(roles))), transposed=draw(st.booleans()))
+    counts = draw(st.sampled_from([(1, 1, 0), (2, 0, 0), (0, 2, 0), (2, 1, 0), (1, 2, 0), (1, 0, 1), (0, 1, 1), (0, 0, 2), (1, 1, 1)]))
+    roles = [f"{role}{i}" for letters, count in zip(("qkv", "gu", "h"), counts, strict=True) for i in range(count) for role in letters]
+    spec = Parallel(*counts, tuple(draw(st.permutations(roles))), transposed=draw(st.booleans()))
     return replace(spec, frozen=tuple(name for name in spec.lasts if draw(seldom)))
 
 
@@ -562,7 +568,12 @@ def test_random_networks(part: int) -> None:
         assert {site.kind for site in plan.sites} <= {*rules, *share}
         assert pe_fx.Plan.from_json(plan.to_json()) == plan
 
-        result = pe_fx.apply(model, plan, init=init)
+        try:
+            result = pe_fx.apply(model, plan, init=init)
+        except PeFxError as error:  # experts' matrices of two layouts in one weight
+            assert init == "fit"
+            assert "no reordering of the other" in str(error)
+            result = pe_fx.apply(model, plan, init="mean")
         assert sum(parameter.numel() for parameter in result.parameters()) == plan.params_after
         if plan.sites:
             if init == "keep":
