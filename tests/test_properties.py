@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pe_fx
-from pe_fx.errors import PeFxError
 from pe_fx.api import KINDS
 from pe_fx.passes.variants import MIXES
 from pe_fx.tied.rewrite_modules import INITS
@@ -570,9 +569,9 @@ def test_random_networks(part: int) -> None:
 
         try:
             result = pe_fx.apply(model, plan, init=init)
-        except PeFxError as error:  # experts' matrices of two layouts in one weight
-            assert init == "fit"
-            assert "no reordering of the other" in str(error)
+        except pe_fx.PeFxError as error:  # experts' matrices of two layouts in one weight
+            if init != "fit" or "no reordering of the other" not in str(error):
+                raise
             result = pe_fx.apply(model, plan, init="mean")
         assert sum(parameter.numel() for parameter in result.parameters()) == plan.params_after
         if plan.sites:
