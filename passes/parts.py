@@ -10,7 +10,6 @@ from torch import Tensor
 from pe_fx.graph.channels import arriving
 from pe_fx.graph.flow import Flow
 from pe_fx.graph.operation import Op, Weight
-from pe_fx.graph.ops import Kind
 from pe_fx.graph.tags import channels_along, channels_in
 from pe_fx.passes.pairs import common_module, could_make, is_open, leak, misuse, tie
 from pe_fx.ties import Block, Miss, Site
@@ -44,8 +43,6 @@ def match_parts(flow: Flow, kind: str) -> Iterator[Site | Miss]:
         if (part := _part_before(flow, op)) is not None:
             groups.setdefault(part.blocks, []).append(part)
     for (of, into), group in groups.items():
-        if flow.owner(of) is not None or flow.owner(into) is not None:
-            continue
         names = of.name, into.name
         reason = next((reason for part in group if (reason := _obstacle(flow, part)) is not None), None) or _used_again(flow, group)
         if reason is not None:
@@ -67,12 +64,12 @@ def _part_before(flow: Flow, second: Op) -> Part | None:
     if first is None or first.weight is None or not first.is_projection or not first.weight.is_matrix:
         return None
     if not could_make(first, second) or first.weight.outputs == second.weight.inputs:
-        return None
+        return None  # at once, since most do not
     end = arriving(flow.trace(first, second), second)
-    channels = None if end.tags is None or end.uniform or end.mixed else channels_along(end.tags, second.in_axis)
-    if channels is None or not end.activations or not first.weight.is_part(channels):
+    channels = None if end.tags is None or end.uniform else channels_along(end.tags, second.in_axis)
+    if channels is None or not end.activations or not _are_cut_out(flow, first, second, set(channels)):
         return None
-    fits = second.weight.mirrors(first.weight, len(channels)) and _are_cut_out(flow, first, second, set(channels))
+    fits = first.weight.is_part(channels) and second.weight.mirrors(first.weight, len(channels))
     return Part(first, second, channels, end.blended) if fits else None
 
 
@@ -81,8 +78,8 @@ def _are_cut_out(flow: Flow, first: Op, second: Op, channels: set[int]) -> bool:
     op = flow.dominator(second)
     while op is not None and op is not first:
         tags = flow.trace(first, second)[op].tags
-        is_view = op.kind is Kind.VIEW and all(len(step.inputs) == 1 for step in (*flow.between(first, op), op))
-        if is_view and isinstance(tags, Tensor) and set(channels_in(tags) or ()) == channels:
+        alone = isinstance(tags, Tensor) and set(channels_in(tags) or ()) == channels
+        if alone and all(len(step.inputs) == 1 for step in (*flow.between(first, op), op)):
             return True
         op = flow.dominator(op)
     return False

@@ -238,12 +238,13 @@ def test_both_halves_of_a_weight_and_a_weight_that_runs_twice() -> None:
     ("last", "reason"),
     [
         (lambda m, x, h: m.f(h) + h.mean(-1, keepdim=True), r"between i\.weight\[24:36\] and f\.weight is read elsewhere too: .* by mean"),
+        (lambda m, x, h: m.f(h + h.flip(-1)), r"channels of i\.weight\[24:36\] are combined with one another before f\.weight"),
         (lambda m, x, h: m.f(h.flip(-1)), r"channels of i\.weight\[24:36\] reach f\.weight in another order"),
         (lambda m, x, h: m.f(h) + F.linear(x, m.i.weight[24:32]), r"i\.weight\[24:36\] is used a second time, not with f\.weight"),
         (lambda m, x, h: m.f(h) + F.linear(torch.ones(H), m.f.weight), r"f\.weight is used a second time, not with i\.weight\[24:36\]"),
         (lambda m, x, h: m.f(h) + m.f.weight.sum(), r"f\.weight is read by add too"),
     ],
-    ids=["read elsewhere", "another order", "rows used again", "last used again", "read"],
+    ids=["read elsewhere", "combined", "another order", "rows used again", "last used again", "read"],
 )
 def test_rows_that_are_no_first_matrix(last: Callable[[Net, Tensor, Tensor], Tensor], reason: str) -> None:
     plan = assert_ties(ungated(last=last), VALUES, OUT)
@@ -258,7 +259,53 @@ def test_rows_that_are_joined_are_no_first_matrix(joined: Callable[[Tensor, Tens
 
 
 def test_rows_without_a_nonlinearity() -> None:
-    net = Net(lambda m, x: m.f(m.i(x)[..., :H]) + m.i(x)[..., H:].relu(), i=linear(D, H + D), f=linear(H, D))
+    net = Net(lambda m, x: m.f((y := m.i(x))[..., :H]) + y[..., H:].relu(), i=linear(D, H + D), f=linear(H, D))
+    assert not pe_fx.plan(net, X).sites
+
+
+def in_halves(first: nn.Module, last: nn.Module, *between: nn.Module) -> Net:
+    """Half of what the first layer makes goes to the last one."""
+    between_ = nn.Sequential(nn.GELU(), *between)
+    return Net(lambda m, x: m.last(m.between((y := m.first(x))[:, :H])) + y[:, H:].sum(), first=first, last=last, between=between_)
+
+
+IMAGE = torch.randn(2, D, 4, 4)
+
+
+@pytest.mark.parametrize("between", [(), (nn.Conv2d(H, H, 3, padding=1, groups=H),)], ids=["act", "depthwise"])
+def test_half_of_a_1x1_convolution(between: tuple[nn.Module, ...]) -> None:
+    net = in_halves(nn.Conv2d(D, 2 * H, 1), nn.Conv2d(H, D, 1), *between)
+    assert_hit(net, IMAGE, "last.weight ← first.weight[0:12]ᵀ", kind="mlp")
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "between"),
+    [
+        (nn.Conv2d(D, 2 * H, 3, padding=1), nn.Conv2d(H, D, 1), ()),
+        (nn.Conv2d(D, 2 * H, 1), nn.Conv2d(H, D, 3, padding=1), ()),
+        (nn.Conv2d(D, 2 * H, 1), nn.Conv2d(H, D, 1), (nn.Conv2d(H, H, 3, padding=1),)),
+    ],
+    ids=["first", "last", "between"],
+)
+def test_half_of_a_convolution_that_is_no_matrix(first: nn.Module, last: nn.Module, between: tuple[nn.Module, ...]) -> None:
+    assert not pe_fx.plan(in_halves(first, last, *between), IMAGE).sites
+
+
+def test_half_of_each_expert() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        hidden, other = torch.einsum("btd,efd->betf", x, m.w).chunk(2, -1)
+        return torch.einsum("betf,edf->btd", hidden.relu(), m.v) + other.mean((1, 3))[..., None]
+
+    net = Net(forward, w=weight(3, 2 * H, D), v=weight(3, D, H))
+    assert_hit(net, X, "v ← w[:, 0:12]ᵀ", kind="mlp")
+
+
+def test_rows_that_are_no_rectangle() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        y = torch.einsum("btd,efd->btef", x, m.w).flatten(-2)
+        return m.f(y[..., :H].relu()) + y[..., H:].sum(-1, keepdim=True)
+
+    net = Net(forward, w=weight(3, 10, D), f=linear(H, D))
     assert not pe_fx.plan(net, X).sites
 
 
