@@ -252,6 +252,14 @@ def test_rows_that_are_no_first_matrix(last: Callable[[Net, Tensor, Tensor], Ten
     assert re.search(reason, plan.misses[0].reason), plan.explain()
 
 
+def test_values_that_are_averaged_are_no_hidden_ones() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q, k, v = m.i(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return m.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    assert_ties(Net(forward, i=linear(D, 3 * D), o=linear(D, D)), rules=["mlp"])
+
+
 @pytest.mark.parametrize("joined", [lambda a, b: a.sigmoid() * b.tanh(), lambda a, b: a.relu() + b.relu()], ids=["gated", "added"])
 def test_rows_that_are_joined_are_no_first_matrix(joined: Callable[[Tensor, Tensor], Tensor]) -> None:
     net = Net(lambda m, x: m.f(joined(*m.i(x).chunk(2, -1))), i=linear(D, 2 * H), f=linear(H, D))
@@ -282,10 +290,11 @@ def test_half_of_a_1x1_convolution(between: tuple[nn.Module, ...]) -> None:
     ("first", "last", "between"),
     [
         (nn.Conv2d(D, 2 * H, 3, padding=1), nn.Conv2d(H, D, 1), ()),
+        (nn.Conv2d(D, 2 * H, 1, groups=2), nn.Conv2d(H, D, 1), ()),
         (nn.Conv2d(D, 2 * H, 1), nn.Conv2d(H, D, 3, padding=1), ()),
         (nn.Conv2d(D, 2 * H, 1), nn.Conv2d(H, D, 1), (nn.Conv2d(H, H, 3, padding=1),)),
     ],
-    ids=["first", "last", "between"],
+    ids=["first", "in groups", "last", "between"],
 )
 def test_half_of_a_convolution_that_is_no_matrix(first: nn.Module, last: nn.Module, between: tuple[nn.Module, ...]) -> None:
     assert not pe_fx.plan(in_halves(first, last, *between), IMAGE).sites
