@@ -59,7 +59,7 @@ def _part_before(flow: Flow, second: Op) -> Part | None:
     if second.weight is None or not is_open(flow, second) or not second.inputs:
         return None
     first = flow.feeder(second.inputs[0])
-    if first is None or first.weight is None or not first.is_projection or not first.weight.is_matrix:
+    if first is None or first.weight is None or not first.is_projection:
         return None
     if not could_make(first, second) or first.weight.outputs == second.weight.inputs:
         return None  # at once, since most do not
