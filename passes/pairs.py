@@ -78,7 +78,7 @@ def following(flow: Flow, first: Op) -> Iterator[Op]:
 
     What joins in from elsewhere modulates, unless another matrix that fits made it.
     """
-    for op in flow.inevitable(first):
+    for op in flow.inevitably_applied(first):
         if op.is_projection and _may_end(flow, op):
             if (_is_matrix(op) or _is_part_of_output(op)) and _reaches_alone(flow, first, op):
                 yield op
@@ -270,7 +270,7 @@ def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
         return bool(state.activations or state.lost) and not _is_one_of_streams(flow, first, op)
 
     seen: set[Op] = set()
-    for op in flow.inevitable(first):
+    for op in flow.inevitably_applied(first):
         if op.weight is not None and not op.is_depthwise and is_near(op, True):
             seen.add(op)
             yield Pair(first, op, flow.between(first, op)), True

@@ -176,6 +176,11 @@ class Flow:
             users[op.index].append(leave)
         self._idom = immediate_dominators(sources, entry)
         self._ipdom = immediate_dominators(users, leave)
+        self._next_applying: dict[int, int] = {}
+        for op in reversed(self.ops):
+            after = self._ipdom.get(op.index, leave)
+            stops = after == leave or self.ops[after].weight is not None or self.ops[after].is_projection
+            self._next_applying[op.index] = after if stops else self._next_applying[after]
         self._intervals = nested(self._idom, entry)
         self._feeders: dict[int, Op | None] = {entry: None}
         for op in self.ops:
@@ -206,6 +211,13 @@ class Flow:
         while index < len(self.ops):
             yield self.ops[index]
             index = self._ipdom[index]
+
+    def inevitably_applied(self, op: Op) -> Iterator[Op]:
+        """Of these operations, those that apply a weight."""
+        index = self._next_applying[op.index]
+        while index < len(self.ops):
+            yield self.ops[index]
+            index = self._next_applying[index]
 
     def makers(self, value: Op) -> list[Op]:
         """The nearest operations with a weight on the ways back from a value, itself where it has one; past no product of two values.
