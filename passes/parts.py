@@ -87,7 +87,7 @@ def _obstacle(flow: Flow, part: Part) -> str | None:
     of, into = part.blocks
     if part.blended:
         return f"the hidden channels of {of} are combined with one another before {into}"
-    if list(part.channels) != sorted(part.channels):
+    if list(part.channels) != sorted(set(part.channels)):
         return f"the hidden channels of {of} reach {into} in another order"
     if (where := leak(flow, part.first, part.second, part.channels)) is not None:
         return f"the value between {of} and {into} is read elsewhere too: {where}"

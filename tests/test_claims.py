@@ -309,6 +309,15 @@ def test_half_of_each_expert() -> None:
     assert_hit(net, X, "v ← w[:, 0:12]ᵀ", kind="mlp")
 
 
+def test_rows_that_are_read_twice_over() -> None:
+    net = Net(
+        lambda m, x: m.f((y := m.i(x))[..., :H].relu().repeat_interleave(2, -1)) + y[..., H:].sum(-1, keepdim=True),
+        i=linear(D, 3 * H),
+        f=linear(2 * H, D),
+    )
+    assert_miss(net, X, r"channels of i\.weight\[0:12\] reach f\.weight in another order")
+
+
 def test_rows_that_are_no_rectangle() -> None:
     def forward(m: Net, x: Tensor) -> Tensor:
         y = torch.einsum("btd,efd->btef", x, m.w).flatten(-2)
