@@ -9,26 +9,18 @@ from torch import Tensor
 
 from pe_fx.graph.channels import arriving
 from pe_fx.graph.flow import Flow
-from pe_fx.graph.operation import Op, Weight
+from pe_fx.graph.operation import Op
 from pe_fx.graph.tags import channels_along, channels_in
-from pe_fx.passes.pairs import common_module, could_make, is_open, leak, misuse, tie
+from pe_fx.passes.pairs import Pair, common_module, could_make, is_open, leak, misuse, tie
 from pe_fx.ties import Block, Miss, Site
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Pair):
     """`second` gets nothing but these output channels of `first`, of which there are more, by a nonlinearity."""
 
-    first: Op
-    second: Op
     channels: Sequence[int]
     blended: bool
-
-    @property
-    def weights(self) -> tuple[Weight, Weight]:
-        assert self.first.weight is not None
-        assert self.second.weight is not None
-        return self.first.weight, self.second.weight
 
     @property
     def blocks(self) -> tuple[Block, Block]:
@@ -68,14 +60,15 @@ def _part_before(flow: Flow, second: Op) -> Part | None:
     if channels is None or not end.activations or not _are_cut_out(flow, first, second, set(channels)):
         return None
     fits = first.weight.is_part(channels) and second.weight.mirrors(first.weight, len(channels))
-    return Part(first, second, channels, end.blended) if fits else None
+    return Part(first, second, flow.between(first, second), channels, end.blended) if fits else None
 
 
 def _are_cut_out(flow: Flow, first: Op, second: Op, channels: set[int]) -> bool:
     """Whether all that `second` gets is made of one view of what `first` makes, or of a function of that, with these channels alone."""
+    states = flow.trace(first, second)
     op = flow.dominator(second)
     while op is not None and op is not first:
-        tags = flow.trace(first, second)[op].tags
+        tags = states[op].tags
         alone = isinstance(tags, Tensor) and set(channels_in(tags) or ()) == channels
         if alone and all(len(step.inputs) == 1 for step in (*flow.between(first, op), op)):
             return True
