@@ -6,7 +6,6 @@ innermost patterns come first: what they claim is one step to the patterns aroun
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
@@ -72,7 +71,7 @@ def tieable(site: Site, obstacle: Callable[[Tie], str | None]) -> tuple[Site | N
     reasons = {tie: obstacle(tie) for tie in site.ties}
     misses = [Miss(site.kind, site.name, tuple(dict.fromkeys((tie.source, tie.target))), why) for tie, why in reasons.items() if why]
     ties = tuple(tie for tie in site.ties if reasons[tie] is None)
-    return dataclasses.replace(site, ties=ties) if ties else None, misses
+    return site.with_ties(ties) if ties else None, misses
 
 
 def _obstacle(flow: Flow, forbidden: Callable[[Tie], str | None], site: Site, tie: Tie) -> str | None:

@@ -30,7 +30,7 @@ def tie_across(
                 ties = tuple(dataclasses.replace(tie, of=other.of) for tie, other in zip(site.ties, following.ties, strict=True))
                 refused = _refused(site, ties, forbidden)
                 misses += refused
-                replaced[site] = site if refused else dataclasses.replace(site, ties=ties)
+                replaced[site] = site if refused else site.with_ties(ties)
         result = [replaced.get(site, site) for site in result]
     return result, misses
 

@@ -7,6 +7,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -158,6 +159,8 @@ def _roles(flow: Flow, core: Core) -> Roles:
     if core.q is None:
         return Roles()
     q, k, v = (_parts(flow, operand, core.mix) for operand in (core.q, core.k, core.v))
+    if max(map(len, (q, k, v))) > 1:  # streams that are joined have positions of their own
+        q, k, v = (_placed(flow, operand, parts) for operand, parts in ((core.q, q), (core.k, k), (core.v, v)))
     return Roles(q, k, v, _outputs(flow, core, q, v)) if q or k else Roles()
 
 
@@ -210,7 +213,18 @@ def _part(flow: Flow, source: Op, operand: Operand) -> Part | None:
         part = _before_positions_are_mixed(flow, behind, operand) if behind is not None else None
         if part is not None:
             return part
-    return Part(source, source.weight, channels, _positions_in(tags, operand.axis))
+    return Part(source, source.weight, channels)
+
+
+def _placed(flow: Flow, operand: Operand | None, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """The same parts with the positions that hold their values."""
+    if operand is None:
+        return parts
+    tags = {part: flow.trace(part.op, operand.value)[operand.value].tags for part in parts}
+    return tuple(
+        dataclasses.replace(part, positions=_positions_in(tags[part], operand.axis)) if isinstance(tags[part], Tensor) else part
+        for part in parts
+    )
 
 
 def _before_positions_are_mixed(flow: Flow, source: Op, operand: Operand) -> Part | None:
@@ -307,7 +321,7 @@ def _output(flow: Flow, core: Core, v: tuple[Part, ...], op: Op) -> Part | None:
     if core.v is None or op.weight is None or not op.weight.is_matrix:
         return None
     value = core.v.value
-    for tags in [flow.trace(part.op, value, loosely=True)[value].tags for part in v] or [own_channels(core)]:
+    for tags in [_channels_at(flow, part, value) for part in v] or [own_channels(core)]:
         end = arriving(flow.trace(value, op, tags=tags, carriers=(core.mix,)), op)
         if not isinstance(end.tags, Tensor):
             continue
@@ -315,6 +329,11 @@ def _output(flow: Flow, core: Core, v: tuple[Part, ...], op: Op) -> Part | None:
         if arrived is not None:
             return Part(op, op.weight, range(op.weight.outputs), in_order=_is_in_order(arrived))
     return None
+
+
+def _channels_at(flow: Flow, part: Part, value: Op) -> Any:
+    tags = flow.trace(part.op, value)[value].tags
+    return tags if isinstance(tags, Tensor) else flow.trace(part.op, value, loosely=True)[value].tags
 
 
 def _is_in_order(channels: Sequence[int]) -> bool:
@@ -370,8 +389,8 @@ def _tie(flow: Flow, kind: str, core: Core, roles: Roles, uses: dict[Op, set[Use
                 ties.append(tie(source.weight, target.weight, source.block, target.block))
     proj = tuple(part for part in roles.proj if part not in refused)  # the others may yet be the end of a pattern around this one
     roles = dataclasses.replace(roles, proj=proj)
-    flow.carriers.update({core.mix, *(part.op for part in roles.parts)})
-    flow.carriers.update(op for part in roles.parts[:1] for op in flow.between(part.op, core.mix) if mixes_heads(op))
+    flow.carry((core.mix, *(part.op for part in roles.parts)))
+    flow.carry(op for part in roles.parts[:1] for op in flow.between(part.op, core.mix) if mixes_heads(op))
     ties = [tie for tie in ties if tie not in made]  # another attention may use the same keys and values
     made.update(ties)
     if ties:

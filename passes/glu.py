@@ -107,11 +107,13 @@ def _unit(flow: Flow, product: Op, last: Op) -> _Unit | None:
         return None
     early, late = sorted(feeders, key=lambda op: op.index)
     across = late if late is not early and source_along(late, _BEFORE_DOWN) is early else None
+    sources = [early if source is across else source for source in feeders]
+    if len({source_along(source, _ELEMENTWISE) for source in sources}) > 1:
+        return None
     first, second = (
-        _branch(flow, factor, product, early if source is across else source, across is not None)
-        for factor, source in zip(product.inputs, feeders, strict=True)
+        _branch(flow, factor, product, source, across is not None) for factor, source in zip(product.inputs, sources, strict=True)
     )
-    if first is None or second is None or source_along(first.op, _ELEMENTWISE) is not source_along(second.op, _ELEMENTWISE):
+    if first is None or second is None:
         return None
     if last.weight.name in (first.weight.name, second.weight.name):
         return None  # tied already

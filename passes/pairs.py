@@ -18,6 +18,7 @@ from pe_fx.graph.walks import reached
 from pe_fx.ties import Block, FarMiss, Miss, Site, Tie
 
 _HARMLESS = {Kind.VIEW, Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.NORM, Kind.POOL, Kind.CONV, Kind.SOFTMAX, Kind.REDUCE}
+_ACTIVATING = {Kind.NONLINEAR, Kind.PRODUCT, Kind.SOFTMAX, Kind.MATMUL, Kind.ATTEND}
 _ENTRYWISE = {Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.WRITE}
 
 
@@ -279,7 +280,7 @@ def _candidates(flow: Flow, first: Op) -> Iterator[tuple[Pair, bool]]:
     if not is_free or any(op.is_projection for op in seen):
         return
     for op in flow.forward(first, _HARMLESS, lambda op: op.is_projection):
-        if op.weight is not None and op not in seen and is_near(op, False):
+        if op.weight is not None and op not in seen and not _is_claimed(flow, op) and is_near(op, False):
             pair = Pair(first, op, ())
             yield dataclasses.replace(pair, region=flow.between(first, op)) if pair.is_transposed else pair, False
 
@@ -340,6 +341,8 @@ def _kernel_reason(pair: Pair) -> str | None:
 
 
 def _would_fit_otherwise(flow: Flow, pair: Pair) -> bool:
+    if not any(op.kind in _ACTIVATING or op in flow.carriers for op in pair.region):
+        return False  # at once, since there are many
     state = _arriving(flow, pair.first, pair.second)
     return bool(state.activations) and _channel_obstacle(pair, state) is None
 

@@ -252,7 +252,7 @@ def _join_stage(flow: Flow, stage: _Stage, block: _Block, ties: tuple[Tie, ...])
     name = head.blocks[0].name
     if block.matrices:
         ties = tuple(tie for tie in ties if not flow.is_made(tie))  # another site may have the same weights
-        flow.claim(dataclasses.replace(site, ties=ties), ties)
+        flow.claim(site.with_ties(ties), ties)
     elif isinstance(head.found, Site):
         stage.shared[head.found] = dataclasses.replace(head.found, stage=name)
     stage.shared[site] = dataclasses.replace(site, ties=ties, stage=name)

@@ -29,15 +29,13 @@ def vary(sites: Iterable[Site], mix: str, gain: float | None) -> list[Site]:
 
     The first block of a stage under "slice" and "expand" is tied the other way round: its input channels are mixed, none scaled.
     """
-    varied = []
-    for site in sites:
+
+    def varied(tie: Tie, site: Site) -> Tie:
+        seed = _seed(tie, site) if mix == "signed" else None
         scale = None if site.entry is not None else gain
-        ties = [
-            tie if tie.channels is None else dataclasses.replace(tie, seed=_seed(tie, site) if mix == "signed" else None, gain=scale)
-            for tie in site.ties
-        ]
-        varied.append(dataclasses.replace(site, ties=tuple(ties)))
-    return varied
+        return tie if tie.channels is None or (tie.seed, tie.gain) == (seed, scale) else dataclasses.replace(tie, seed=seed, gain=scale)
+
+    return [site.with_ties(varied(tie, site) for tie in site.ties) for site in sites]
 
 
 def _seed(tie: Tie, site: Site) -> int:

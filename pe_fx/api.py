@@ -21,7 +21,7 @@ from pe_fx.graph.copies import copied
 from pe_fx.graph.flow import Flow
 from pe_fx.graph.inputs import ExampleInputs
 from pe_fx.graph.ops import value_of
-from pe_fx.graph.strides import fails, outline
+from pe_fx.graph.strides import fails, is_viewed, outline
 from pe_fx.graph.tags import tracing
 from pe_fx.passes import DEFAULT_RULES, Rule, find
 from pe_fx.passes.across import tie_across
@@ -97,7 +97,7 @@ def _matched(model: nn.Module, example_inputs: ExampleInputs | Captured | None, 
     with tracing():
         flow = Flow(captured)
         owners = {name: Owner(value_of(node), name) for node, name in captured.weights.items()} | owners
-        against = functools.partial(_against, owners, dict(model.named_modules(remove_duplicate=False)))
+        against = functools.partial(_against, owners, functools.cache(lambda: dict(model.named_modules(remove_duplicate=False))))
         sites, misses = find(flow, (*custom, *DEFAULT_RULES), wanted, against, is_tied)
         apart = functools.partial(_apart, owners, against)
         trait = functools.partial(_trait, owners)
@@ -370,9 +370,9 @@ def _trait(owners: Mapping[str, Owner], name: str) -> tuple[object, ...] | None:
     return None if owner is None else (owner.parameter.requires_grad, owner.parameter.dtype, owner.parameter.device, unfit(owner))
 
 
-def _against(owners: Mapping[str, Owner], modules: Mapping[str, nn.Module], what: Tie | Entry) -> str | None:
+def _against(owners: Mapping[str, Owner], modules: Callable[[], Mapping[str, nn.Module]], what: Tie | Entry) -> str | None:
     """Why the weights and modules themselves forbid a tie or the treatment of an entry block."""
-    return forbidden(what, owners) if isinstance(what, Tie) else unfit_entry(what, modules)
+    return forbidden(what, owners) if isinstance(what, Tie) else unfit_entry(what, modules())
 
 
 def _apart(owners: Mapping[str, Owner], against: Callable[[Tie | Entry], str | None], what: Tie | Entry) -> str | None:
@@ -388,15 +388,20 @@ def _laid_out(sites: Iterable[Site], captured: Captured) -> list[Site]:
     for node, name in captured.weights.items():
         readers.setdefault(name, []).append(node)
 
+    def laid_out(tie: Tie) -> Tie:
+        return replace(tie, contiguous=True) if must_be_contiguous(tie) else tie
+
     def must_be_contiguous(tie: Tie) -> bool:
         if not (tie.into.is_whole and tie.target in readers and tie.source in readers):
             return False  # what is put together of parts is a copy
+        if not any(map(is_viewed, readers[tie.target])):
+            return False
         source = outline(value_of(readers[tie.source][0]))
         dense = layout_of([tie], {}, {}).assemble(None, [source], source.new_empty(tie.gains))
         nodes = [node for node in readers[tie.target] if value_of(node).shape == dense.shape]
         return not dense.is_contiguous() and any(fails(node, dense) for node in nodes)
 
-    return [replace(site, ties=tuple(replace(tie, contiguous=must_be_contiguous(tie)) for tie in site.ties)) for site in sites]
+    return [site.with_ties(map(laid_out, site.ties)) for site in sites]
 
 
 def _saved(site: Site, shapes: Mapping[str, Shape], numel: Mapping[str, int]) -> int:

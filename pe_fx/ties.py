@@ -84,6 +84,8 @@ def overlap(a: Ranges, b: Ranges) -> bool:
     >>> overlap(((0, 2), (4, 6)), ((2, 4), (6, 8))), overlap(((0, 2), (4, 6)), ((2, 5),))
     (False, True)
     """
+    if a == b:
+        return length(a) > 0
     return any(start < stop for (_, stop), (start, _) in itertools.pairwise(sorted((*a, *b))))
 
 
@@ -116,9 +118,10 @@ class Block:
 
     def narrowed(self, dim: int, positions: Iterable[int]) -> Block:
         """The same block with only `positions` of dimension `dim`."""
-        ranges = list(self.ranges)
-        ranges[dim] = to_ranges(positions)
-        return dataclasses.replace(self, ranges=tuple(ranges))
+        chosen = to_ranges(positions)
+        return (
+            self if chosen == self.ranges[dim] else Block(self.name, self.full_shape, (*self.ranges[:dim], chosen, *self.ranges[dim + 1 :]))
+        )
 
     @functools.cached_property
     def shape(self) -> Shape:
@@ -359,6 +362,11 @@ class Site:
     entry: Entry | None = None
     saved: int = 0
 
+    def with_ties(self, ties: Iterable[Tie]) -> Site:
+        """The site with these ties; itself where they are its own."""
+        ties = tuple(ties)
+        return self if ties == self.ties else replace(self, ties=ties)
+
     def renamed(self, rename: Callable[[str], str]) -> Site:
         """The site of a model whose modules and weights have other names."""
 
@@ -522,7 +530,7 @@ def _of_version_1(plan: Plan) -> Plan:
     def in_rows(tie: Tie) -> Tie:
         return dataclasses.replace(tie, contiguous=True) if tie.seed is not None and tie.transposed and tie.spread is None else tie
 
-    sites = tuple(dataclasses.replace(site, ties=tuple(map(in_rows, site.ties))) for site in plan.sites)
+    sites = tuple(site.with_ties(map(in_rows, site.ties)) for site in plan.sites)
     return dataclasses.replace(plan, sites=sites)
 
 

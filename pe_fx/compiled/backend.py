@@ -173,7 +173,7 @@ class Backend:
         def is_new(tie: Tie) -> bool:
             return tie.target in undecided and tie.source in free and tie not in refused
 
-        sites = [replace(site, ties=tuple(filter(is_new, site.ties))) for site in made.sites]
+        sites = [site.with_ties(filter(is_new, site.ties)) for site in made.sites]
         return [site for site in sites if site.ties]
 
     def _is_transformed(self, gm: fx.GraphModule, weights: Mapping[str, GraphWeight]) -> bool:

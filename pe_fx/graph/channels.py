@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,12 @@ def _fresh(shape: Shape, axis: int, index: int) -> Tensor:
     return expand_along(torch.arange(1.0, shape[axis] + 1, dtype=torch.float64) + 2.0**24 * (index + 1), shape, axis)
 
 
-def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: bool) -> Channels:
+def transfer(op: Op, states: dict[Op, Channels], carriers: Container[Op], loosely: bool) -> Channels:
     known = [states[source] for source in op.inputs if source in states]
+    if not known:
+        return Channels(None, lost="nothing of it")
+    if all(state.tags is None for state in known) or (len(op.inputs) == 1 and _keeps(op, known[0])):
+        return known[0]
     carrying = [state for state in known if state.tags is not None and not state.uniform]
     activations, mixed, blended = 0, False, False
     for state in known:
@@ -79,10 +83,6 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
         blended |= state.blended
     keep = functools.partial(Channels, activations=activations, mixed=mixed, uniform=not carrying, blended=blended)
     lost = functools.partial(Channels, None)
-    if not known:
-        return lost(lost="nothing of it")
-    if all(state.tags is None for state in known):
-        return known[0]
     if op in carriers and op.kind in (Kind.MATMUL, Kind.ATTEND):
         tags = _carried(op, states)
         return lost(lost=f"the product {op.node.name}") if tags is None else Channels(tags, activations + 1, mixed, blended=blended)
@@ -136,6 +136,11 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: set[Op], loosely: boo
         tags = _written(op, states)
         return lost(lost="a write in place to a part of it") if tags is None else keep(tags)
     return lost(lost=f"{op.name or op.node.name}, an operation that pe_fx does not follow")
+
+
+def _keeps(op: Op, state: Channels) -> bool:
+    """Whether an operation on one value changes nothing of what that holds."""
+    return op.kind is Kind.POINTWISE and isinstance(state.tags, Tensor) and state.tags.shape == op.shape
 
 
 def _elementwise(op: Op, states: dict[Op, Channels], activations: int, mixed: bool, loosely: bool) -> Channels:

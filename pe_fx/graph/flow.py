@@ -6,6 +6,7 @@ chunk of `in_proj_weight`, a standardised kernel, a rotary table) is folded into
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -52,11 +53,11 @@ class Flow:
         self.claimed: dict[str, list[Claim]] = {}
         self.found: set[Tie] = set()
         self.applied: dict[Site, tuple[Block, ...]] = {}
-        self.carriers: set[Op] = set()
+        self.carriers: dict[Op, None] = {}  # in the order in which they were found
         self.spare: set[Op] = set()
         self._of_node: dict[fx.Node, Op] = {}
         self._between: dict[tuple[Op, Op], tuple[Op, ...]] = {}
-        self._traces: dict[tuple[Op, int], dict[Op, Channels]] = {}  # carriers only grow: their number tells their set
+        self._traces: dict[Op, tuple[dict[Op, Channels], int]] = {}  # and how many carriers there were
         self._build(captured)
         self._dominance()
 
@@ -69,14 +70,18 @@ class Flow:
         """
         self.found.update(site.ties)
         tied = {block.name for tie in site.ties for block in (tie.into, tie.of)}
-        self.carriers |= {op for name in site.weights if name not in tied for op in self.readers[name] if op.weight is not None}
+        self.carry(op for name in site.weights if name not in tied for op in self.readers[name] if op.weight is not None)
         for tie in site.ties:
-            self.carriers |= self._applying(tie)
+            self.carry(self._applying(tie))
             if tie not in ties:
                 self.spare |= self._applying(tie)
                 continue
             for block in (tie.into, tie.of):
                 self.claimed.setdefault(block.name, []).append(Claim(block, site, block is tie.into))
+
+    def carry(self, ops: Iterable[Op]) -> None:
+        """From here on these operations are a step to other patterns."""
+        self.carriers.update(dict.fromkeys(ops))
 
     def owner(self, block: Block) -> Site | None:
         """The site to which a part of the block belongs."""
@@ -289,13 +294,23 @@ class Flow:
         weights over other axes are followed too.
         """
         if tags is None and not carriers and not loosely:
-            states = self._traces.setdefault((start, len(self.carriers)), {start: _own_channels(start)})
+            states = self._known(start)
         else:
             states = {start: _own_channels(start) if tags is None else Channels(tags)}
-        passing = self.carriers.union(carriers) if carriers else self.carriers
+        passing = {*self.carriers, *carriers} if carriers else self.carriers
         for op in (*self.between(start, end), end) if end is not start else ():
             if op not in states:
                 states[op] = transfer(op, states, passing, loosely)
+        return states
+
+    def _known(self, start: Op) -> dict[Op, Channels]:
+        """What traces from `start` found, up to the first operation that became a carrier since."""
+        states, before = self._traces.get(start, ({start: _own_channels(start)}, 0))
+        changed = [op.index for op in itertools.islice(self.carriers, before, None) if op in states and op is not start]
+        if changed:
+            first = min(changed)
+            states = {op: state for op, state in states.items() if op.index < first}
+        self._traces[start] = states, len(self.carriers)
         return states
 
 

@@ -245,7 +245,7 @@ def factors(op: Op) -> tuple[Op | None, ...]:
 def shape_of(value: Any) -> Shape:
     if isinstance(value, (list, tuple)):
         return (len(value),)
-    return tuple(map(number, value.shape)) if isinstance(value, Tensor) else ()
+    return tuple([size if type(size) is int else number(size) for size in value.shape]) if isinstance(value, Tensor) else ()
 
 
 def number(size: int | torch.SymInt) -> int:

@@ -97,7 +97,8 @@ KINDS: dict[str, Kind] = {name: kind for kind, names in _NAMES.items() for name 
 
 def value_of(node: fx.Node) -> Any:
     """What the node computes, as export or Dynamo recorded it: a fake tensor, or a tuple of them."""
-    return node.meta.get("val", node.meta.get("example_value"))
+    meta = node.meta
+    return meta["val"] if "val" in meta else meta.get("example_value")
 
 
 def base_name(node: fx.Node) -> str:

@@ -32,6 +32,15 @@ def _outline(value: Any) -> Any:
     return number(value) if isinstance(value, torch.SymInt) else value
 
 
+def is_viewed(node: fx.Node) -> bool:
+    """Whether anything but a product reads a value: products take any strides."""
+    return any(user.op.startswith("call") and not _is_product(user) for user in node.users)
+
+
+def _is_product(node: fx.Node) -> bool:
+    return KINDS.get(base_name(node)) in _PRODUCTS
+
+
 def fails(node: fx.Node, other: Tensor) -> bool:
     """Whether an operation of the graph fails where `other`, of the same shape and without memory, is the value of `node`.
 
@@ -47,7 +56,7 @@ def fails(node: fx.Node, other: Tensor) -> bool:
     waiting = deque(node.users)
     while waiting:
         user = waiting.popleft()
-        if not user.op.startswith("call") or KINDS.get(base_name(user)) in _PRODUCTS:
+        if not user.op.startswith("call") or _is_product(user):
             continue
         now = _run(user, others)
         if now is not None and _strides(now) == _strides(others.get(user, value_of(user))):

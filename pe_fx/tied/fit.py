@@ -106,7 +106,7 @@ def fitted(plan: Plan, model: nn.Module, moments: Moments | None = None) -> Plan
         has_order = tie.channels is not None and plan.shapes[tie.target] == tie.into.full_shape
         return dataclasses.replace(tie, order=_order(fit, tie)) if has_order else tie
 
-    sites = [dataclasses.replace(site, ties=tuple(map(with_order, site.ties))) for site in with_progress(plan.sites, "fitting orders")]
+    sites = [site.with_ties(map(with_order, site.ties)) for site in with_progress(plan.sites, "fitting orders")]
     return dataclasses.replace(plan, sites=tuple(sites))
 
 

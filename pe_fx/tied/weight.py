@@ -407,4 +407,4 @@ def before_tied(module: nn.Module, name: str) -> str:
     >>> before_tied(nn.Linear(2, 2), "weight")
     'weight'
     """
-    return next((tied for tied in getattr(module, "tied_weights", ()) if kept_of(tied) == name), name)
+    return next((tied for tied in module.__dict__.get("tied_weights", ()) if kept_of(tied) == name), name)
