@@ -75,11 +75,12 @@ once). The longest kernels of each row are in [kernels.csv](kernels.csv).
 - Busy for less: DeiT-S 0.99 at batch 128 and 0.90 at 8, GPT-2 0.96 and 0.86, ResNet50 0.99 (`keep`) and 0.90 (`slice`). Peak memory is
   at most dense's but for `expand` and fitted ties.
 - AdamW: 0.55 to 0.92 of dense's time, for 0.52 (DeiT-S) to 0.72 (ResNet50 `keep`) of the parameters.
-- With CUDA graphs ResNet50 takes 1.00 (`keep`) and 0.91 (`slice`), DeiT-S at batch 8 1.02 (0.99 the day before) and GPT-2 with one row
-  0.97 (0.99), forward 1.39 (1.22) and 1.23 (1.33). The graphs themselves are busy for 0.93 and 0.91: what is added lies before their
-  launch, where torch.compile checks its guards, of which a tied model has more with torch 2.11 (that version has a short cut for modules,
-  which a property closes; on a CPU core checks take 2.4 times the dense model's there, and 1.08 times with torch 2.14). They can be left
-  out: `torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)` makes it 0.05 and 0.06 ms with torch 2.14.
+- With CUDA graphs ResNet50 takes 1.00 (`keep`) and 0.91 (`slice`), DeiT-S at batch 8 0.99 to 1.03 in three runs and GPT-2 with one row
+  0.97 to 0.99, forward 1.22 to 1.39. The dense models, tied by the backend alone, take 0.99 and 0.96, forward 1.13. The graphs themselves
+  are busy for 0.93 and 0.92: what is added lies before their launch, where torch.compile checks its guards, of which a tied model has more
+  with torch 2.11 (that version has a short cut for modules, which a property closes; on a CPU core checks take 2.4 times the dense
+  model's there, and 1.08 times with torch 2.14). They can be left out:
+  `torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)` makes it 0.05 and 0.06 ms with torch 2.14.
 - Signed ties beside plain ones, at the smallest batches: GPT-2 1.01 in both modes, DeiT-S 1.01 with CUDA graphs and 1.06 without, where
   it waits for the launch of 18 kernels more. Fitted ties, DeiT-S, 1.07 and 1.13: their orders are read by index, 96 kernels more.
 - `expand` is busy 1.37 times as long (a step 1.13): what is added are its depthwise convolutions, 3.7 ms a step, which have one output
