@@ -138,17 +138,17 @@ def _fitting(flow: Flow, value: Op, last: Op) -> list[Op]:
 
 
 def _product_before(flow: Flow, last: Op) -> Op | None:
-    """The first product on the way to `last`, past what shifts or scales it by numbers of its own, as a norm written out does.
+    """The first product of two values as wide on the way to `last`, past what shifts or scales it by numbers of its own, as a norm
+    written out does.
 
     Past an activation that is written out, as in h * sigmoid(h), and past values that no matrix that would fit has made, too.
     """
     found: Op | None = None
     op = last.inputs[0] if last.inputs else None
     while op is not None and (op.kind in _BEFORE_DOWN | {Kind.PRODUCT} or op.is_depthwise):
-        if op.kind is Kind.PRODUCT:
-            found = op
         wide = [source for source in op.inputs if len(op.inputs) == 1 or _size(source, last.in_axis) == _size(op, last.in_axis)]
         if len(wide) > 1:
+            found = op if op.kind is Kind.PRODUCT else found
             wide = _carrying(flow, op, wide, last)
         op = wide[0] if len(wide) == 1 else None
     return found
