@@ -19,6 +19,8 @@ from pe_fx.ties import Block, FarMiss, Miss, Site, Tie
 
 _HARMLESS = {Kind.VIEW, Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.NORM, Kind.POOL, Kind.CONV, Kind.SOFTMAX, Kind.REDUCE}
 _ACTIVATING = {Kind.NONLINEAR, Kind.PRODUCT, Kind.SOFTMAX, Kind.MATMUL, Kind.ATTEND}
+_CHANGELESS = {Kind.VIEW, Kind.POINTWISE, Kind.NORM}
+_MIXING = {Kind.PROJECTION, Kind.CONV, Kind.MATMUL, Kind.ATTEND}
 _ENTRYWISE = {Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.WRITE}
 
 
@@ -310,7 +312,7 @@ def _near_reason(flow: Flow, pair: Pair, closed: bool) -> str | None:
         return None  # a pattern of its own, that was not asked for or refused
     if not pair.is_transposed:
         shapes = f"{second.name} is {second.block.shape}, {first.name} is {first.block.shape}"
-        return f"{shapes}: not transposes of each other" if closed and _would_fit_otherwise(flow, pair) else None
+        return f"{shapes}: not transposes of each other" if closed and (_leads_back(pair) or _would_fit_otherwise(flow, pair)) else None
     if len(contenders := _contenders(flow, pair)) > 1:
         return f"{second.name} could use the weight of any of {', '.join(contenders)}: what they make is joined before it"
     if closed:
@@ -345,6 +347,14 @@ def _would_fit_otherwise(flow: Flow, pair: Pair) -> bool:
         return False  # at once, since there are many
     state = _arriving(flow, pair.first, pair.second)
     return bool(state.activations) and _channel_obstacle(pair, state) is None
+
+
+def _leads_back(pair: Pair) -> bool:
+    """Whether a pair returns to the width that it came from, though what is between, no matrix, changed the channels' number: maxout."""
+    first, second = pair.weights
+    kinds = {op.kind for op in pair.region if not op.is_depthwise}
+    is_changed = first.outputs != second.inputs and not _CHANGELESS.issuperset(kinds)
+    return first.inputs == second.outputs and is_changed and kinds.isdisjoint(_MIXING)
 
 
 def leak(flow: Flow, first: Op, second: Op, channels: Collection[int] | None = None) -> str | None:

@@ -142,7 +142,7 @@ def _stages(
         if not _is_residual(flow, block):
             continue
         earlier = [other for other in blocks[:position] if traits[other] == traits[block]]
-        for stage in reversed(stages) if isinstance(block.found, Site) else ():
+        for stage in stages if isinstance(block.found, Site) else ():
             head = stage.blocks[0]
             unlike = _difference(head, block)
             passes_over = size is None and (unlike is not None or traits[head] != traits[block])

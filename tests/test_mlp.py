@@ -426,6 +426,33 @@ def test_shapes_not_transposed() -> None:
     assert "(12, 16)" in found.reason
 
 
+OTHER_COUNTS: dict[str, Callable[[Tensor], Tensor]] = {  # of hidden channels, of which 16 are made
+    "maxout": lambda h: torch.maximum(*h.chunk(2, -1)),
+    "maxout over an axis": lambda h: h.unflatten(-1, (2, 8)).amax(-2),
+    "halves added": lambda h: sum(h.chunk(2, -1)).relu(),  # type: ignore[union-attr]
+    "the largest": lambda h: h.topk(8).values,
+    "pooled": lambda h: F.max_pool1d(h, 2),
+    "some by index": lambda h: h.index_select(-1, torch.arange(0, 16, 2)).relu(),
+    "both signs": lambda h: torch.cat([h.relu(), (-h).relu()], -1),
+    "padded": lambda h: F.pad(h.relu(), (0, 4)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_COUNTS)
+def test_back_to_the_same_width_with_more_or_fewer_hidden_channels(name: str) -> None:
+    between = OTHER_COUNTS[name]
+    width = between(torch.zeros(1, 1, 16)).shape[-1]
+    net = Net(lambda m, x: m.fc2(between(m.fc1(x))), fc1=linear(8, 16), fc2=linear(width, 8))
+    miss(net, X, r"not transposes of each other", weights=("fc1.weight", "fc2.weight"))
+
+
+def test_patches_merged_between_linears_are_no_near_miss() -> None:
+    net = Net(
+        lambda m, x: m.fc2(m.norm(m.fc1(x).flatten(1).unflatten(1, (2, 32)))), fc1=linear(8, 16), fc2=linear(32, 8), norm=nn.LayerNorm(32)
+    )
+    assert not pe_fx.plan(net, torch.randn(3, 4, 8)).misses
+
+
 def test_hidden_read_before_the_activation() -> None:
     net = pair(lambda m, x: m.fc2((h := m.fc1(x)).relu()) + h.mean(-1, keepdim=True))
     miss(net, X, r"read elsewhere|used elsewhere", weights=("fc1.weight", "fc2.weight"))

@@ -22,6 +22,9 @@ IN, MID, OUT = 8, 4, 16
 X = torch.randn(2, OUT, 6, 6)
 NARROW = torch.randn(2, IN, 6, 6)
 
+PARALLEL = ["0.f.2.weight ← 0.f.0.weightᵀ", "0.h.2.weight ← 0.h.0.weightᵀ"]
+PARALLEL += [f"1.{name}.{tie}" for name in "fh" for tie in (f"0.weight ← 0.{name}.0.weight", f"2.weight ← 0.{name}.0.weightᵀ")]
+
 SHARED = ["1.conv1.weight ← 0.conv3.weightᵀ", "1.conv3.weight ← 0.conv3.weight"]
 SHARED += ["2.conv1.weight ← 0.conv3.weightᵀ", "2.conv3.weight ← 0.conv3.weight"]
 
@@ -535,6 +538,15 @@ def test_share_on_request(share: tuple[str, ...], feed_forward: int, attention: 
 def test_share_on_request_leaves_bottlenecks_unshared() -> None:
     made = pe_fx.plan(nn.Sequential(Block(), Block()), X, share=("mlp",))
     assert ties(made) == ["0.conv3.weight ← 0.conv1.weightᵀ", "1.conv3.weight ← 1.conv1.weightᵀ"]
+
+
+def test_parallel_layers_share_with_their_like() -> None:
+    def block() -> Net:
+        layers = {name: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for name in ("f", "h")}
+        return Net(lambda m, x: x + m.f(x) + m.h(x), **layers)
+
+    tied = assert_hit(nn.Sequential(block(), block()), torch.randn(3, 8), *PARALLEL, kind="mlp", share=("mlp",))
+    assert tied[1].h[0].weight is tied[0].h[0].weight
 
 
 def test_block_of_another_kind_between_ends_the_stage() -> None:
