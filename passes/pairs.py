@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,6 +37,12 @@ class Pair:
         assert self.first.weight is not None
         assert self.second.weight is not None
         return self.first.weight, self.second.weight
+
+    @property
+    def blocks(self) -> tuple[Block, Block]:
+        """The matrices: what is used of the weights."""
+        first, second = self.weights
+        return first.block, second.block
 
     @property
     def names(self) -> tuple[str, str]:
@@ -72,7 +78,7 @@ def entry_pairs(flow: Flow) -> Iterator[Pair]:
     for pair in pairs(flow):
         first, second = pair.weights
         differs = first.outputs == second.inputs and first.inputs != second.outputs
-        if differs and pair.is_bottleneck and _would_fit_otherwise(flow, pair) and _reader_obstacle(flow, [pair]) is None:
+        if differs and pair.is_bottleneck and _would_fit_otherwise(flow, pair) and reader_obstacle(flow, [pair]) is None:
             yield pair
 
 
@@ -162,7 +168,7 @@ def obstacle(flow: Flow, pair: Pair) -> str | None:
 def _group_obstacle(flow: Flow, group: list[Pair]) -> str | None:
     """Why a pair that runs once or several times cannot be tied."""
     reasons = (reason for pair in group if (reason := obstacle(flow, pair)) is not None)
-    return next(reasons, None) or _reader_obstacle(flow, group)
+    return next(reasons, None) or reader_obstacle(flow, group)
 
 
 def _channel_obstacle(pair: Pair, state: Channels) -> str | None:
@@ -190,18 +196,18 @@ def misuse(flow: Flow, weight: Weight) -> str | None:
     return None
 
 
-def _reader_obstacle(flow: Flow, group: list[Pair]) -> str | None:
-    """Every use of either weight must be in this same pair."""
-    first, second = group[0].weights
-    uses = {first.name: {pair.first for pair in group}, second.name: {pair.second for pair in group}}
-    for weight, other in ((first, second), (second, first)):
+def reader_obstacle(flow: Flow, group: Sequence[Pair]) -> str | None:
+    """Every use of either matrix must be in this same pair."""
+    first, second = group[0].blocks
+    uses = {first: {pair.first for pair in group}, second: {pair.second for pair in group}}
+    for weight, block, other in zip(group[0].weights, (first, second), (second, first), strict=True):
         if (reason := misuse(flow, weight)) is not None:
             return reason
-        for reader in flow.readers[weight.name]:
-            if reader not in uses[weight.name] and (reader.weight is None or reader.weight.block.overlaps(weight.block)):
-                partner = next(following(flow, reader) if weight is first else map(flow.feeder, reader.inputs), None)
+        for reader in flow.readers[block.name]:
+            if reader not in uses[block] and (reader.weight is None or reader.weight.block.overlaps(block)):
+                partner = next(following(flow, reader) if block is first else map(flow.feeder, reader.inputs), None)
                 there = f", there with {partner.weight.name}" if partner is not None and partner.weight is not None else ""
-                return f"{weight.name} is used a second time{there}, not with {other.name}"
+                return f"{block} is used a second time{there}, not with {other}"
     return None
 
 

@@ -11,7 +11,7 @@ from pe_fx.graph.channels import arriving
 from pe_fx.graph.flow import Flow
 from pe_fx.graph.operation import Op
 from pe_fx.graph.tags import channels_along, channels_in
-from pe_fx.passes.pairs import Pair, common_module, could_make, is_open, leak, misuse, tie
+from pe_fx.passes.pairs import Pair, common_module, could_make, is_open, leak, reader_obstacle, tie
 from pe_fx.ties import Block, Miss, Site
 
 
@@ -36,7 +36,7 @@ def match_parts(flow: Flow, kind: str) -> Iterator[Site | Miss]:
             groups.setdefault(part.blocks, []).append(part)
     for (of, into), group in groups.items():
         names = of.name, into.name
-        reason = next((reason for part in group if (reason := _obstacle(flow, part)) is not None), None) or _used_again(flow, group)
+        reason = next((reason for part in group if (reason := _obstacle(flow, part)) is not None), None) or reader_obstacle(flow, group)
         if reason is not None:
             yield Miss(kind, common_module(names), names, reason)
         else:
@@ -84,14 +84,4 @@ def _obstacle(flow: Flow, part: Part) -> str | None:
         return f"the hidden channels of {of} reach {into} in another order"
     if (where := leak(flow, part.first, part.second, part.channels)) is not None:
         return f"the value between {of} and {into} is read elsewhere too: {where}"
-    return next((reason for weight in part.weights if (reason := misuse(flow, weight)) is not None), None)
-
-
-def _used_again(flow: Flow, group: list[Part]) -> str | None:
-    """Every use of either matrix must be in this same pair."""
-    uses = {part.first for part in group} | {part.second for part in group}
-    for block, other in (group[0].blocks, group[0].blocks[::-1]):
-        for reader in flow.readers[block.name]:
-            if reader not in uses and (reader.weight is None or reader.weight.block.overlaps(block)):
-                return f"{block} is used a second time, not with {other}"
     return None
