@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pe_fx.graph.operation import Op, Weight
 from pe_fx.graph.ops import Kind
 from pe_fx.graph.tags import channels_along, channels_in, numbered, shrunk, varying_axes
 from pe_fx.graph.walks import reached
-from pe_fx.passes.cores import Core, Operand, cores, mixes_heads, own_channels, query_axis
+from pe_fx.passes.cores import Core, Operand, cores, mixes_heads, own_channels, query_axis, unnormalised
 from pe_fx.passes.pairs import common_module, misuse, tie
 from pe_fx.ties import Block, Miss, Site, Tie
 
@@ -35,6 +36,7 @@ class Attention:
 
     q, k and v may be separate weights, rows of one (also interleaved per head), or any mixture; streams that are joined along the
     sequence have their own, and are tied each by itself. What rotates, masks, caches or joins them is no obstacle, whatever its origin.
+    Products of the three without a softmax, as in linear attention, are told as misses.
     Source: arXiv 2401.16438, `Q = W_q x, K = W_kv x, V = W_kvᵀ x, out = W_qᵀ a`.
     """
 
@@ -59,6 +61,12 @@ class Attention:
                 yield from _tie(flow, self.kind, core, roles, uses, made)
             elif names and claimed.isdisjoint(names):
                 yield Miss(self.kind, common_module(names), names, _unknown(core, names))
+        for mix, values in unnormalised(flow, [core for core, _ in found]):
+            names = _makers_of_all(flow, values)
+            if names and names not in seen and claimed.isdisjoint(names):
+                seen.add(names)
+                reason = f"{mix.node.name} multiplies three values without a softmax: only attention by one is tied"
+                yield Miss(self.kind, common_module(names), names, f"{reason} ({', '.join(names)})")
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,19 @@ def _makers(flow: Flow, core: Core) -> tuple[str, ...]:
     values = [operand.value for operand in core.operands]
     makers = [op for value in values for op in ([value] if _applies(value) else flow.backward(value, _ONE_VALUE, _applies, _adds_constant))]
     return tuple(dict.fromkeys(name for op in makers for name in ([op.weight.name] if op.weight is not None else op.parameters)))
+
+
+def _makers_of_all(flow: Flow, values: Sequence[Op]) -> tuple[str, ...]:
+    """The weights that make these values, one matrix each, where one of them has the shape of another's transpose."""
+    parts = []
+    for value in values:
+        makers = flow.makers(value)
+        channels = held(flow.trace(makers[0], value)[value]) if len(makers) == 1 and makers[0].is_projection else None
+        if channels is None or makers[0].weight is None or not makers[0].weight.is_matrix:
+            return ()
+        parts.append(Part(makers[0], makers[0].weight, channels))
+    fits = any(a.matrix == b.matrix[::-1] for a, b in itertools.combinations(parts, 2))
+    return tuple(dict.fromkeys(part.weight.name for part in parts)) if fits else ()
 
 
 def _applies(op: Op) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -85,6 +85,23 @@ def _score_product(flow: Flow, softmax: Op, weights: Op, values: Operand, mix: O
                 key = mine.index(terms[2][own[-1]]) - len(mine)
                 return Operand(q, asking[-1] if asking else -2), Operand(k, key), product
     return None
+
+
+def unnormalised(flow: Flow, known: Iterable[Core]) -> Iterator[tuple[Op, tuple[Op, Op, Op]]]:
+    """Products of three values in which no softmax stands, with these values: linear attention, maps by a sigmoid, retention."""
+    normalised = {op for core in known for op in (core.mix, core.scores)}
+
+    def is_free(op: Op) -> bool:
+        return op.kind is Kind.MATMUL and op not in normalised
+
+    for op in filter(is_free, flow.ops):
+        for inner, other in (factors(op), factors(op)[::-1]):
+            if inner is None or other is None or inner in normalised:
+                continue
+            for product in [inner] if is_free(inner) else flow.backward(inner, _SCORES, is_free):
+                first, second = factors(product)
+                if first is not None and second is not None:
+                    yield op, (first, second, other)
 
 
 def mixes_heads(op: Op) -> bool:

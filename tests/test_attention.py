@@ -627,8 +627,31 @@ def test_idempotent_where_only_the_output_is_tied() -> None:
 # ---- misses
 
 
-def test_no_softmax() -> None:
-    assert not pe_fx.plan(separate(lambda q, k, v: q @ k.mT @ v), X).sites
+NO_SOFTMAX: dict[str, Core] = {
+    "none": lambda q, k, v: q @ k.mT @ v,
+    "sigmoid": lambda q, k, v: (q @ k.mT).sigmoid() @ v,
+    "squared relu": lambda q, k, v: (q @ k.mT).relu().square() @ v,
+    "decay": lambda q, k, v: (q @ k.mT * 0.9) @ v,
+    "linear": lambda q, k, v: F.elu(q) @ (F.elu(k).mT @ v),
+    "linear, normed": lambda q, k, v: q.relu() @ (k.relu().mT @ v) / (q.relu() * k.relu().sum(-2, keepdim=True)).sum(-1, keepdim=True),
+    "linear, by einsum": lambda q, k, v: torch.einsum("bhnc,bhcd->bhnd", q, torch.einsum("bhnc,bhnd->bhcd", k, v)),
+}
+
+
+@pytest.mark.parametrize("name", NO_SOFTMAX)
+def test_no_softmax(name: str) -> None:
+    reason = r"multiplies three values without a softmax: only attention by one is tied"
+    miss(separate(NO_SOFTMAX[name]), X, reason, weights=("q.weight", "k.weight", "v.weight"))
+    miss(fused(NO_SOFTMAX[name]), X, reason + r" \(qkv\.weight\)$")
+
+
+def test_no_softmax_where_no_shapes_fit() -> None:
+    wide = {name: linear(D, 16) for name in "qkv"}
+    assert not pe_fx.plan(separate(NO_SOFTMAX["linear"], **wide, out=linear(16, D)), X).misses
+
+
+def test_a_softmax_of_which_the_products_are_known_is_told_once() -> None:
+    assert not pe_fx.plan(separate(by_hand), X).misses
 
 
 def test_softmax_of_the_keys_alone() -> None:
