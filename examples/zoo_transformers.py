@@ -22,6 +22,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from zoo import Entry, alternatives, small_entry
 
+import pe_fx.transformers  # noqa: F401  # else the first model that is tied imports it, and its row says that tying takes as long
+
 HEADS = (
     "MODEL",
     "MODEL_FOR_PRETRAINING",
