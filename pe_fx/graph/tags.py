@@ -34,11 +34,10 @@ def tracing() -> Iterator[None]:
     On a busy machine threads spend ten times as long waiting for one another. A collection of garbage looks through the graph, the model
     and whatever else is held, of which nothing goes: in a deep net it would be half of the time.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    collects = gc.isenabled()
-    gc.disable()
+    threads, collects = torch.get_num_threads(), gc.isenabled()
     elsewhere = torch.get_default_device().type != "cpu"
+    torch.set_num_threads(1)
+    gc.disable()
     try:
         with torch.device("cpu") if elsewhere else contextlib.nullcontext():  # this mode costs time in every call
             yield
