@@ -82,8 +82,15 @@ def _matched(model: nn.Module, example_inputs: ExampleInputs | Captured | None, 
     tied = {rule.kind for rule in chosen}
     shared = [kind for kind in ("bottleneck",) if kind in tied] if given["share"] is None else given["share"]
     options = _checked_options(**{name: value for name, value in given.items() if name != "rules"} | {"share": shared})
-    sizes = {kind: size if isinstance(size, int) else None for kind, size in options["share"].items()}
     captured = example_inputs if isinstance(example_inputs, Captured) else capture(model, example_inputs)
+    with tracing():
+        return _found(model, captured, chosen, options)
+
+
+def _found(model: nn.Module, captured: Captured, rules: Sequence[Rule], options: dict[str, Any]) -> Plan:
+    """The plan by the graph."""
+    tied = {rule.kind for rule in rules}
+    sizes = {kind: size if isinstance(size, int) else None for kind, size in options["share"].items()}
     owners = owners_in(model)
     captured = canonical(captured, owners)
 
@@ -93,19 +100,18 @@ def _matched(model: nn.Module, example_inputs: ExampleInputs | Captured | None, 
     def wanted(found: Site | Miss) -> bool:
         return (is_tied(found) or found.kind in sizes) and _selected(found, options["include"], options["exclude"])
 
-    custom = [rule for rule in chosen if rule not in DEFAULT_RULES]
-    with tracing():
-        flow = Flow(captured)
-        owners = {name: Owner(value_of(node), name) for node, name in captured.weights.items()} | owners
-        against = functools.partial(_against, owners, functools.cache(lambda: dict(model.named_modules(remove_duplicate=False))))
-        sites, misses = find(flow, (*custom, *DEFAULT_RULES), wanted, against, is_tied)
-        apart = functools.partial(_apart, owners, against)
-        trait = functools.partial(_trait, owners)
-        sites, misses = share_stages(flow, sites, misses, sizes, options["entry"], wanted, is_tied, trait, apart)
-        sites, refused = tie_across(flow, sites, options["across"], trait, against)
+    custom = [rule for rule in rules if rule not in DEFAULT_RULES]
+    flow = Flow(captured)
+    owners = owners | {name: Owner(value_of(node), name) for node, name in captured.weights.items() if name not in owners}
+    against = functools.partial(_against, owners, functools.cache(lambda: dict(model.named_modules(remove_duplicate=False))))
+    sites, misses = find(flow, (*custom, *DEFAULT_RULES), wanted, against, is_tied)
+    apart = functools.partial(_apart, owners, against)
+    trait = functools.partial(_trait, owners)
+    sites, misses = share_stages(flow, sites, misses, sizes, options["entry"], wanted, is_tied, trait, apart)
+    sites, refused = tie_across(flow, sites, options["across"], trait, against)
     sites = _laid_out(vary(sites, options["mix"], options["gain"]), captured)
-    shapes = captured.shapes() | {owner.name: tuple(owner.parameter.shape) for owner in owners.values()}
-    made = plan_of(sites, shapes, list(dict.fromkeys([*misses, *refused])), {"rules": tuple(rule.kind for rule in chosen)} | options)
+    shapes = {owner.name: tuple(owner.parameter.shape) for owner in owners.values()}
+    made = plan_of(sites, shapes, list(dict.fromkeys([*misses, *refused])), {"rules": tuple(rule.kind for rule in rules)} | options)
     return replace(made, capture=captured.how)
 
 

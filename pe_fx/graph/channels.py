@@ -62,6 +62,10 @@ def arriving(states: dict[Op, Channels], op: Op) -> Channels:
     return Channels(None, lost="nothing of it arrives")
 
 
+_ENTRYWISE = {Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.SOFTMAX}
+_PADS = ("pad", "constant_pad_nd")
+
+
 @remembered
 def _fresh(shape: Shape, axis: int, index: int) -> Tensor:
     """The tags of channels that are the mixture of others, made by the operation of this index."""
@@ -81,12 +85,14 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: Container[Op], loosel
     for state in carrying:
         activations = max(activations, state.activations)
         blended |= state.blended
+    if op.kind in _ENTRYWISE:
+        return _elementwise(op, states, activations, mixed, loosely)
     keep = functools.partial(Channels, activations=activations, mixed=mixed, uniform=not carrying, blended=blended)
     lost = functools.partial(Channels, None)
     if op in carriers and op.kind in (Kind.MATMUL, Kind.ATTEND):
         tags = _carried(op, states)
         return lost(lost=f"the product {op.node.name}") if tags is None else Channels(tags, activations + 1, mixed, blended=blended)
-    if op.name in ("pad", "constant_pad_nd") and isinstance(known[0].tags, Tensor):
+    if op.name in _PADS and isinstance(known[0].tags, Tensor):
         if _padded_axes(op).isdisjoint(varying_axes(known[0].tags)):  # padding that widens other axes belongs to the channels it pads
             tags = _resampled(known[0].tags, op.shape)
             return lost(lost=op.name) if tags is None else keep(tags)
@@ -97,8 +103,6 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: Container[Op], loosel
             return next(state for state in known if state.tags is None)
         tags = moved(op, {source: states[source].tags for source in op.inputs if source in states})
         return lost(lost=f"{op.name}, whose order of channels could not be followed") if tags is None else keep(tags)
-    if op.kind in (Kind.POINTWISE, Kind.NONLINEAR, Kind.PRODUCT, Kind.SOFTMAX):
-        return _elementwise(op, states, activations, mixed, loosely)
     first = next(states[source] for source in op.inputs if source in states)
     if first.tags is None or not isinstance(first.tags, Tensor):
         return lost(lost=first.lost or op.name)

@@ -130,9 +130,10 @@ class Flow:
             op = self._op(node, name, operands, static)
             self.ops.append(op)
             self._of_node[node] = op
-            op.parameters = tuple(name for operand in operands if operand not in self._of_node for name in static.parameters(operand))
-            for name in dict.fromkeys(op.parameters):
-                self.readers.setdefault(name, []).append(op)
+            if others := [operand for operand in operands if operand not in self._of_node]:
+                op.parameters = tuple([name for operand in others for name in static.parameters(operand)])
+                for name in dict.fromkeys(op.parameters):
+                    self.readers.setdefault(name, []).append(op)
         self.results = [self._of_node[node] for node in resolved[output] if node in self._of_node] + chosen_by
         returned = Op(len(self.ops), output, "the output", Kind.OTHER, (), ())
         for node in resolved[output]:
@@ -171,6 +172,7 @@ class Flow:
         op = Op(len(self.ops), node, name, kind, shape_of(value_of(node)), values)
         if kind in (Kind.PROJECTION, Kind.CONV, Kind.MATMUL):
             attach_weight(op, operands, static)
+        op.inputs = tuple([operand for operand in op.operands if operand is not None])
         return op
 
     def _dominance(self) -> None:

@@ -118,7 +118,7 @@ def narrowed(block: Block, dims: Dims, positions: Iterable[int]) -> Block | None
 
 @dataclass(eq=False)
 class Op:
-    """An operation on values. `operands` are its tensor arguments in order, None where one is no value of the flow."""
+    """An operation on values. `operands` are its tensor arguments in order, None where one is no value of the flow; `inputs` the others."""
 
     index: int
     node: fx.Node
@@ -131,10 +131,7 @@ class Op:
     in_axis: int = -1
     out_axis: int = -1
     groups: int = 1
-
-    @functools.cached_property
-    def inputs(self) -> tuple[Op, ...]:
-        return tuple(op for op in self.operands if op is not None)
+    inputs: tuple[Op, ...] = ()
 
     @property
     def is_projection(self) -> bool:
@@ -142,7 +139,7 @@ class Op:
 
     @property
     def is_depthwise(self) -> bool:
-        return bool(self.inputs) and self.groups > 1 and self.groups == self.shape[self.out_axis] == self.inputs[0].shape[self.in_axis]
+        return self.groups > 1 and bool(self.inputs) and self.groups == self.shape[self.out_axis] == self.inputs[0].shape[self.in_axis]
 
     @property
     def stride(self) -> tuple[int, ...]:

@@ -35,6 +35,8 @@ class Kind(enum.Enum):
     WRITE = "replaces entries of its first operand by those of its last"
     OTHER = "anything else: what passes through it is not followed"
 
+    __hash__ = object.__hash__  # in place of one in Python, since kinds are looked up in sets all the time
+
 
 _NAMES: dict[Kind, str] = {
     Kind.CONSTANT: """

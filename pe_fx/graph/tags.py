@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pe_fx.threads import one_thread
 from pe_fx.ties import Shape
 
 Remembered = TypeVar("Remembered", bound=Callable[..., Any])
@@ -31,18 +32,16 @@ def remembered(function: Remembered) -> Remembered:
 def tracing() -> Iterator[None]:
     """Tags are small tensors on the CPU, whatever the default device, and nothing is garbage before the end.
 
-    On a busy machine threads spend ten times as long waiting for one another. A collection of garbage looks through the graph, the model
-    and whatever else is held, of which nothing goes: in a deep net it would be half of the time.
+    A collection of garbage looks through the graph, the model and whatever else is held, of which nothing goes: in a deep net it would
+    be half of the time.
     """
-    threads, collects = torch.get_num_threads(), gc.isenabled()
+    collects = gc.isenabled()
     elsewhere = torch.get_default_device().type != "cpu"
-    torch.set_num_threads(1)
     gc.disable()
     try:
-        with torch.device("cpu") if elsewhere else contextlib.nullcontext():  # this mode costs time in every call
+        with one_thread(), torch.device("cpu") if elsewhere else contextlib.nullcontext():  # this mode costs time in every call
             yield
     finally:
-        torch.set_num_threads(threads)
         if collects:
             gc.enable()
         for cached in _caches:

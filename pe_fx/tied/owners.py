@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,8 +16,7 @@ _BEFORE = "transform the model, then trace it"
 ONCE = "transform the model once, with all its rules (pe_fx.untie undoes one)"
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(NamedTuple):
     """A parameter, or the value that stands for it in a graph; its first name; its module; in how many places it is held; and, after
     an earlier transform, the weight that it is what is left of, and one that is tied to it."""
 
@@ -31,7 +30,7 @@ class Owner:
 
 def owners_in(model: nn.Module) -> dict[str, Owner]:
     """The owner of every parameter, under each of its names."""
-    modules = list(model.named_modules(remove_duplicate=False))
+    modules = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if module._parameters]
     places = Counter(id(parameter) for module in {module for _, module in modules} for parameter in module._parameters.values())
     views = {(id(module), name): full for full, _, _, weight in tied_weights_in(model) for module, name in weight.sources}
     first: dict[int, str] = {}
@@ -40,9 +39,9 @@ def owners_in(model: nn.Module) -> dict[str, Owner]:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 name = f"{path}.{attribute}" if path else attribute
-                was = before_tied(module, attribute)
+                was, key = before_tied(module, attribute), id(parameter)
                 left_of, read_by = was if was != attribute else "", views.get((id(module), attribute), "")
-                owners[name] = Owner(parameter, first.setdefault(id(parameter), name), module, places[id(parameter)], left_of, read_by)
+                owners[name] = Owner(parameter, first.setdefault(key, name), module, places[key], left_of, read_by)
     return owners
 
 

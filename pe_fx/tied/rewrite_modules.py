@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pe_fx.errors import PeFxError
+from pe_fx.threads import one_thread
 from pe_fx.tied.derived import derive
 from pe_fx.tied.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.tied.fit import as_matrix, fitted_sources, positions, reading
@@ -52,7 +53,8 @@ def rewrite_modules(model: nn.Module, plan: Plan, init: str = "keep", moments: M
         rest = None
         if kept[name]:
             runs = [dense.detach().narrow(layouts[name].axis, start, stop - start) for start, stop in kept[name]]
-            rest = nn.Parameter(torch.cat(runs, layouts[name].axis), requires_grad=dense.requires_grad)
+            with one_thread():
+                rest = nn.Parameter(torch.cat(runs, layouts[name].axis), requires_grad=dense.requires_grad)
             vars(rest).update(vars(dense))  # marks that a training script may have left on it
         text = "; ".join(tie.text() for tie in ties)
         stored = {tie.source: kept_of(owners[tie.source][1]) if kept.get(tie.source) else owners[tie.source][1] for tie in ties}
