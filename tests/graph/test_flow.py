@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import networkx as nx
 import pytest
+import torch
 from oracle import linear
 from torch import nn
 
@@ -41,13 +42,13 @@ def test_a_trace_goes_on_through_what_was_found_and_keeps_what_it_knew() -> None
     assert after[last].lost == "4.weight"
 
 
-class Seen(list[bool]):
-    """A rule that finds nothing, and notes whether garbage is collected meanwhile."""
+class Seen(list[tuple[bool, int]]):
+    """A rule that finds nothing, and notes whether garbage is collected meanwhile, and how many threads work."""
 
     kind = "seen"
 
     def match(self, flow: Flow) -> Iterator[Site]:
-        self.append(gc.isenabled())
+        self.append((gc.isenabled(), torch.get_num_threads()))
         yield from ()
 
 
@@ -59,7 +60,19 @@ def test_garbage_is_collected_after_matching_where_it_was_before(enabled: bool) 
         if not enabled:
             gc.disable()
         pe_fx.plan(model, rules=[seen])
-        assert seen == [False]
+        assert seen == [(False, 1)]
         assert gc.isenabled() is enabled
     finally:
         gc.enable()
+
+
+def test_as_many_threads_work_as_before() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        tied = pe_fx.transform(model, torch.randn(2, 5, 8))
+        assert "self_attn.in_proj_weight_kept" in tied.state_dict()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
