@@ -111,11 +111,11 @@ weights on. The decoders have random weights and a cache of 256 positions; only 
 PLANNING = """\
 ## Planning
 
-Planning costs little beside capture, and grows with the graph (`python examples/bench_plan.py --repeats 5`, medians of processor time in
-turns, 27 November 2026, torch 2.14.1, the same machine): matching takes 4.3 % of the capture on DeiT-S and 3.9 % on ResNet50 (with torch
-2.15, whose captures take longer, it was 2.6 % and 2.2 %, with fewer rules). Beside a ViT of 24 layers, one of 96 has 3.9 times the nodes
-and takes 3.4 times the seconds and 4.0 times the function calls; one of 288 layers (9,525 nodes) has 11.7 times the nodes and takes 23
-times the seconds and 11.8 times the calls: half of its seconds are Python's garbage collection, which walks all graphs that are held."""
+Planning costs little beside capture, and grows with the graph (`python examples/bench_plan.py --repeats 3`, medians of processor time in
+turns, 27 November 2026, torch 2.14.1, the same machine): matching takes 2.8 % of the capture on DeiT-S and 2.6 % on ResNet50. Beside a
+ViT of 24 layers, one of 96 has 3.9 times the nodes and takes 3.8 times the seconds and 4.0 times the function calls; one of 288 layers
+(9,525 nodes) has 11.7 times the nodes and takes 10.2 times the seconds and 11.8 times the calls. Meanwhile Python's garbage collection
+waits: it would look through all graphs that are held, and take half of the seconds at 288 layers."""
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
