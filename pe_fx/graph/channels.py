@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Container, Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from pe_fx.graph.operation import Op, factors, product_labels, shape_of
 from pe_fx.graph.ops import Kind, base_name, value_of
-from pe_fx.graph.tags import channels_in, expand_along, lazy, lies_along, listed, nothing_in, remembered, shrunk, varying_axes
+from pe_fx.graph.tags import along, channels_in, expand_along, lazy, lies_along, listed, nothing_in, remembered, shrunk, varying_axes
 from pe_fx.graph.views import call, moved
 from pe_fx.graph.walks import reached
 from pe_fx.ties import Shape
@@ -87,35 +86,40 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: Container[Op], loosel
         blended |= state.blended
     if op.kind in _ENTRYWISE:
         return _elementwise(op, states, activations, mixed, loosely)
-    keep = functools.partial(Channels, activations=activations, mixed=mixed, uniform=not carrying, blended=blended)
-    lost = functools.partial(Channels, None)
+
+    def keep(tags: Any) -> Channels:
+        return Channels(tags, activations, mixed, not carrying, "", blended)
+
+    def lost(by: str) -> Channels:
+        return Channels(None, lost=by)
+
     if op in carriers and op.kind in (Kind.MATMUL, Kind.ATTEND):
         tags = _carried(op, states)
-        return lost(lost=f"the product {op.node.name}") if tags is None else Channels(tags, activations + 1, mixed, blended=blended)
+        return lost(f"the product {op.node.name}") if tags is None else Channels(tags, activations + 1, mixed, blended=blended)
     if op.name in _PADS and isinstance(known[0].tags, Tensor):
         if _padded_axes(op).isdisjoint(varying_axes(known[0].tags)):  # padding that widens other axes belongs to the channels it pads
             tags = _resampled(known[0].tags, op.shape)
-            return lost(lost=op.name) if tags is None else keep(tags)
+            return lost(op.name) if tags is None else keep(tags)
         if any(isinstance(fill, (int, float)) and fill for fill in (*op.node.args[2:], op.node.kwargs.get("value"))):
-            return lost(lost=f"{op.name} of channels")
+            return lost(f"{op.name} of channels")
     if op.kind is Kind.VIEW:
         if any(state.tags is None for state in known):
             return next(state for state in known if state.tags is None)
         tags = moved(op, {source: states[source].tags for source in op.inputs if source in states})
-        return lost(lost=f"{op.name}, whose order of channels could not be followed") if tags is None else keep(tags)
+        return lost(f"{op.name}, whose order of channels could not be followed") if tags is None else keep(tags)
     first = next(states[source] for source in op.inputs if source in states)
     if first.tags is None or not isinstance(first.tags, Tensor):
-        return lost(lost=first.lost or op.name)
+        return lost(first.lost or op.name)
     if op.kind is Kind.NORM:
         is_normalised = op.operands[0] in states  # or else it is the scale
-        return keep(first.tags) if is_normalised and first.tags.shape == op.shape else lost(lost=op.name)
+        return keep(first.tags) if is_normalised and first.tags.shape == op.shape else lost(op.name)
     if op.kind is Kind.POOL or op.is_depthwise:
         value, several = _first(value_of(op.node))
         shape = shape_of(value)
         if not _pooled_axes(op.name, len(shape)).isdisjoint(varying_axes(first.tags)):
-            return lost(lost=f"{op.name} over the hidden axis")
+            return lost(f"{op.name} over the hidden axis")
         tags = _resampled(first.tags, shape)
-        return lost(lost=f"{op.name} over another axis") if tags is None else keep((tags, nothing_in(shape)) if several else tags)
+        return lost(f"{op.name} over another axis") if tags is None else keep((tags, nothing_in(shape)) if several else tags)
     if op.kind is Kind.REDUCE:
         value, several = _first(value_of(op.node))
         shape = shape_of(value)
@@ -126,20 +130,20 @@ def transfer(op: Op, states: dict[Op, Channels], carriers: Container[Op], loosel
                 return Channels(pairs, activations, mixed, blended=True)
         if tags is None and not several:
             return Channels(nothing_in(shape), uniform=True, lost=f"{op.name} over channels")
-        return lost(lost=f"{op.name} over channels") if tags is None else keep((tags, nothing_in(shape)) if several else tags)
+        return lost(f"{op.name} over channels") if tags is None else keep((tags, nothing_in(shape)) if several else tags)
     if op.kind is Kind.CONV or (op.is_projection and op in carriers):
         if op.weight is None or not lies_along(first.tags, op.in_axis):
-            return lost(lost=f"{op.name} over another axis")
+            return lost(f"{op.name} over another axis")
         return Channels(_fresh(op.shape, op.out_axis, op.index), activations + (op in carriers), True)
     if op.is_projection and loosely and op.in_axis % len(op.shape) not in varying_axes(first.tags):
         tags = _resampled(first.tags, op.shape)
-        return lost(lost=op.name) if tags is None else keep(tags)
+        return lost(op.name) if tags is None else keep(tags)
     if op.is_projection:
-        return lost(lost=f"{op.weight.name}" if op.weight else "an unnamed weight")
+        return lost(f"{op.weight.name}" if op.weight else "an unnamed weight")
     if op.kind is Kind.WRITE:  # what is written into memory that held something else is what is read from there
         tags = _written(op, states)
-        return lost(lost="a write in place to a part of it") if tags is None else keep(tags)
-    return lost(lost=f"{op.name or op.node.name}, an operation that pe_fx does not follow")
+        return lost("a write in place to a part of it") if tags is None else keep(tags)
+    return lost(f"{op.name or op.node.name}, an operation that pe_fx does not follow")
 
 
 def _keeps(op: Op, state: Channels) -> bool:
@@ -305,7 +309,7 @@ def _resampled(tags: Tensor, shape: Shape) -> Tensor | None:
             tags = tags.narrow(axis, 0, 1)
         elif tags.shape[axis] != size:
             return None
-    return tags.expand(shape)
+    return along(tags.expand(shape), varying)
 
 
 def _reduced(op: Op, tags: Tensor, shape: Shape, adding: bool = False) -> Tensor | None:

@@ -82,13 +82,24 @@ def listed(numbers: list[int]) -> Sequence[int]:
     return consecutive if numbers == list(consecutive) else tuple(numbers)
 
 
-@remembered
 def varying_axes(tags: Tensor) -> tuple[int, ...]:
     """The axes along which the tags differ.
 
     >>> varying_axes(torch.arange(3.0).expand(2, 3))
     (1,)
     """
+    known: tuple[int, ...] | None = tags.__dict__.get("varying")
+    return _found_to_vary(tags) if known is None else known
+
+
+def along(tags: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The same tags, of which it is known that they differ along these axes."""
+    tags.__dict__["varying"] = axes
+    return tags
+
+
+@remembered
+def _found_to_vary(tags: Tensor) -> tuple[int, ...]:
     small = shrunk(lazy(tags))
     return tuple(axis for axis in range(small.dim()) if small.shape[axis] > 1 and not _repeats(small, axis))
 
@@ -121,10 +132,10 @@ def nothing_in(shape: Shape) -> Tensor:
 
 
 def expand_along(values: Tensor, shape: Shape, axis: int) -> Tensor:
-    """`values` along `axis`, the same at all other positions, in no memory."""
+    """`values`, which differ, along `axis`, the same at all other positions, in no memory."""
     view = [1] * len(shape)
     view[axis] = -1
-    return values.view(view).expand(shape)
+    return along(values.view(view).expand(shape), (axis % len(shape),) if len(values) > 1 else ())
 
 
 def lazy(tags: Tensor) -> Tensor:

@@ -32,6 +32,19 @@ def moved(op: Op, tags: Tags) -> Any:
 
 
 def _run(op: Op, tags: Tags) -> Any:
+    args, kwargs = _arguments(op, tags)
+    try:
+        hash((args, kwargs))
+    except TypeError:  # a slice, before Python 3.12
+        return _viewed.__wrapped__(op.node.target, args, kwargs)  # type: ignore[attr-defined]
+    return _viewed(op.node.target, args, kwargs)
+
+
+def _arguments(op: Op, tags: Tags) -> tuple[Any, Any]:
+    """The arguments of a call, with tags in place of values."""
+    args, kwargs = op.node.args, op.node.kwargs
+    if len(op.operands) == 1 and isinstance(args[0], fx.Node) and op.operands[0] in tags:  # as most are
+        return (tags[op.operands[0]], *args[1:]), kwargs
     order = iter(op.operands)
 
     def tags_of(node: fx.Node) -> Any:
@@ -43,12 +56,8 @@ def _run(op: Op, tags: Tags) -> Any:
             return number(value)
         return nothing_in(shape_of(value)) if is_floating(value) else value
 
-    args, kwargs = fx.node.map_arg((op.node.args, op.node.kwargs), tags_of)
-    try:
-        hash((args, kwargs))
-    except TypeError:  # a slice, before Python 3.12
-        return _viewed.__wrapped__(op.node.target, args, kwargs)  # type: ignore[attr-defined]
-    return _viewed(op.node.target, args, kwargs)
+    mapped: tuple[Any, Any] = fx.node.map_arg((args, kwargs), tags_of)
+    return mapped
 
 
 @remembered

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from pe_fx.tied.weight import before_tied, tied_weights_in
+from pe_fx.tied.weight import Tied, before_tied, tied_weights_in
 from pe_fx.ties import Entry, Tie
 
 _BEFORE = "transform the model, then trace it"
@@ -30,9 +30,12 @@ class Owner(NamedTuple):
 
 def owners_in(model: nn.Module) -> dict[str, Owner]:
     """The owner of every parameter, under each of its names."""
-    modules = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if module._parameters]
+    every = list(model.named_modules(remove_duplicate=False))
+    modules = [(path, module) for path, module in every if module._parameters]
     places = Counter(id(parameter) for module in {module for _, module in modules} for parameter in module._parameters.values())
-    views = {(id(module), name): full for full, _, _, weight in tied_weights_in(model) for module, name in weight.sources}
+    is_tied = any(isinstance(module, Tied) for _, module in every)
+    ties = tied_weights_in(model) if is_tied else ()
+    views = {(id(module), name): full for full, _, _, weight in ties for module, name in weight.sources}
     first: dict[int, str] = {}
     owners = {}
     for path, module in modules:
