@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pe_fx.threads import one_thread
+from pe_fx.graph.threads import one_thread
 from pe_fx.ties import Shape
 
 Remembered = TypeVar("Remembered", bound=Callable[..., Any])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pe_fx.errors import PeFxError
-from pe_fx.threads import one_thread
+from pe_fx.graph.threads import one_thread
 from pe_fx.tied.derived import derive
 from pe_fx.tied.entry import PadShortcut, Widen, Widened, strided_shortcut
 from pe_fx.tied.fit import as_matrix, fitted_sources, positions, reading
