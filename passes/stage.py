@@ -142,11 +142,12 @@ def _stages(
         if not _is_residual(flow, block):
             continue
         earlier = [other for other in blocks[:position] if traits[other] == traits[block]]
-        for stage in stages if isinstance(block.found, Site) else ():
+        open_stages = [stage for stage in stages if stage.is_open] if isinstance(block.found, Site) else []
+        compared = [(stage, _difference(stage.blocks[0], block)) for stage in open_stages]
+        for stage, unlike in sorted(compared, key=lambda each: each[1] is not None):  # of parallel ones first what is alike
             head = stage.blocks[0]
-            unlike = _difference(head, block)
             passes_over = size is None and (unlike is not None or traits[head] != traits[block])
-            if not stage.is_open or passes_over or not _follows(flow, stage.blocks[-1], block, earlier):
+            if passes_over or not _follows(flow, stage.blocks[-1], block, earlier):
                 continue
             ties, refused = _sharing(flow, head, block, unlike, forbidden)
             if not refused:

@@ -549,6 +549,17 @@ def test_parallel_layers_share_with_their_like() -> None:
     assert tied[1].h[0].weight is tied[0].h[0].weight
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_parallel_layers_of_other_shapes_share_in_groups_with_their_like(swapped: bool) -> None:
+    def block(names: str) -> Net:
+        layers = {name: nn.Sequential(nn.Linear(8, wide), nn.GELU(), nn.Linear(wide, 8)) for name, wide in (("f", 16), ("h", 24))}
+        return Net(lambda m, x: sum((m.get_submodule(name)(x) for name in names), x), **layers)
+
+    made = pe_fx.plan(nn.Sequential(block("fh"), block("hf" if swapped else "fh")), torch.randn(3, 8), share={"mlp": 2})
+    assert sorted(ties(made)) == sorted(PARALLEL)
+    assert not made.misses
+
+
 def test_block_of_another_kind_between_ends_the_stage() -> None:
     net = nn.Sequential(Block(), Block(), Block(OUT, stride=2), Block(), Block())
     made = pe_fx.plan(net, torch.randn(2, OUT, 8, 8))
