@@ -1,7 +1,8 @@
 """Who holds a parameter, and what an earlier transform left there."""
 
 import torch
-from oracle import linear
+import torch.nn.functional as F
+from oracle import Net, linear, weight
 from torch import nn
 
 import pe_fx
@@ -9,9 +10,9 @@ from pe_fx.tied.owners import owners_in
 
 
 def test_a_source_is_known_where_nothing_is_left_of_what_is_tied_to_it() -> None:
-    model = nn.Sequential(linear(8, 16, bias=False), nn.ReLU(), linear(16, 8, bias=False))
-    owners = owners_in(pe_fx.transform(model, torch.randn(2, 8)))
-    assert {name: owner.read_by for name, owner in owners.items()} == {"0.weight": "2.weight"}
+    bare = Net(lambda m, x: F.linear(x, m.w), w=weight(8, 16))
+    owners = owners_in(pe_fx.transform(nn.Sequential(linear(8, 16), nn.ReLU(), bare), torch.randn(2, 8)))
+    assert {name: owner.read_by for name, owner in owners.items()} == {"0.weight": "2.w", "0.bias": ""}
 
 
 def test_one_parameter_in_two_places() -> None:
